@@ -1,0 +1,914 @@
+"""Everything between files and ids: the vocabulary, text tokenizers, templates, pictures, sources, shards and the loader.
+
+    file --load_image--> image --to_pixels--> pixels ... codes --Vocab.codes_to_ids--> ids
+    text --tokenizer.encode-----------------------------------------------------------> ids
+    ids --render_*--> (ids, targets) --Loader--> batch
+
+Look at what the model will see (the part of each example that carries loss is underlined):
+
+    python data.py              # one example of every task, from the built-in scenes
+
+R rows of a batch   T positions in a row   K codes   h, w code grid
+"""
+
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import queue
+import random
+import re
+import tarfile
+import threading
+import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The built-in scenes: one to three objects, each in its own quarter of the picture. draw and grade are inverses, and so
+# are describe and read_description; a model's pictures and captions are scored with the second of each pair.
+
+SIZES = {"small": 0.32, "large": 0.47}      # radius, in sides of the quarter
+COLORS = {"red": (222, 56, 49), "orange": (245, 140, 34), "yellow": (250, 214, 50),
+          "green": (52, 160, 84), "blue": (44, 112, 214), "purple": (140, 72, 180)}
+SHAPES = ("circle", "square", "triangle", "star")
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+BACKGROUNDS = {"white": (252, 252, 250), "gray": (196, 199, 205), "pink": (255, 212, 220), "navy": (28, 34, 66)}
+WITHHELD = {("red", "circle"), ("blue", "square"), ("green", "star")}   # never shown or mentioned in training
+NUMBERS = ("zero", "one", "two", "three")
+
+
+class Object(NamedTuple):
+    size: str
+    color: str
+    shape: str
+    place: str
+
+
+class Scene(NamedTuple):
+    background: str
+    objects: tuple[Object, ...]     # in the order of PLACES
+
+
+def random_scene(rng: random.Random, unseen=False) -> Scene:
+    """A scene without withheld combinations of color and shape; with unseen, exactly one of its objects is one."""
+    kinds = [(c, s) for c in COLORS for s in SHAPES if (c, s) not in WITHHELD]
+    places = sorted(rng.sample(range(4), rng.randint(1, 3)))
+    chosen = [rng.choice(kinds) for _ in places]
+    if unseen:
+        chosen[rng.randrange(len(chosen))] = rng.choice(sorted(WITHHELD))
+    objects = tuple(Object(rng.choice(list(SIZES)), *kind, PLACES[p]) for kind, p in zip(chosen, places))
+    return Scene(rng.choice(list(BACKGROUNDS)), objects)
+
+
+@lru_cache(maxsize=None)
+def sprite(background, size, color, shape, side) -> np.ndarray:
+    """One quarter of a picture, (side, side, 3) uint8, drawn 8 times larger and averaged down for smooth edges."""
+    s, radius = side * 8, SIZES[size] * side * 8
+    image = Image.new("RGB", (s, s), BACKGROUNDS[background])
+    def corners(n, radius, inner=None, turn=-math.pi / 2, drop=0.0):
+        radii = [radius, inner or radius]
+        return [(s / 2 + radii[i % 2] * math.cos(turn + 2 * math.pi * i / n),
+                 s / 2 + drop + radii[i % 2] * math.sin(turn + 2 * math.pi * i / n)) for i in range(n)]
+    pen, fill = ImageDraw.Draw(image), COLORS[color]
+    if shape == "circle":
+        pen.ellipse([s / 2 - radius, s / 2 - radius, s / 2 + radius, s / 2 + radius], fill=fill)
+    elif shape == "square":
+        pen.polygon(corners(4, 1.2 * radius, turn=math.pi / 4), fill=fill)
+    elif shape == "triangle":
+        pen.polygon(corners(3, 1.15 * radius, drop=0.2 * radius), fill=fill)
+    else:
+        pen.polygon(corners(10, 1.1 * radius, 0.5 * radius), fill=fill)
+    return np.asarray(image.resize((side, side), Image.BOX))
+
+
+def quarter(place, side):
+    """The part of a picture's array that a place covers."""
+    row, column = divmod(PLACES.index(place), 2)
+    return np.s_[row * side:(row + 1) * side, column * side:(column + 1) * side]
+
+
+def draw(scene: Scene, side=64) -> Image.Image:
+    """Scene -> image of side x side pixels."""
+    pixels = np.empty((side, side, 3), np.uint8)
+    pixels[:] = BACKGROUNDS[scene.background]
+    for o in scene.objects:
+        pixels[quarter(o.place, side // 2)] = sprite(scene.background, o.size, o.color, o.shape, side // 2)
+    return Image.fromarray(pixels)
+
+
+@lru_cache(maxsize=None)
+def renderings(background, side):
+    """All 49 things that a quarter can show -> (list of (size, color, shape) or None, (49, side, side, 3) float32)."""
+    kinds = [None, *itertools.product(SIZES, COLORS, SHAPES)]
+    empty = np.broadcast_to(np.asarray(BACKGROUNDS[background], np.float32), (side, side, 3))
+    return kinds, np.stack([sprite(background, *k, side).astype(np.float32) if k else empty for k in kinds])
+
+
+def grade(image: Image.Image) -> Scene:
+    """image -> the Scene whose rendering is nearest in squared error; inverse of draw."""
+    pixels = np.asarray(image, np.float32)
+    side, best = pixels.shape[0] // 2, (math.inf, None)
+    for background in BACKGROUNDS:
+        kinds, candidates = renderings(background, side)
+        total, objects = 0.0, []
+        for place in PLACES:
+            errors = np.square(candidates - pixels[quarter(place, side)]).sum((1, 2, 3))
+            total += errors.min()
+            if kinds[errors.argmin()]:
+                objects.append(Object(*kinds[errors.argmin()], place))
+        best = min(best, (total, Scene(background, tuple(objects))))
+    return best[1]
+
+
+def describe(scene: Scene, rng: random.Random) -> str:
+    """A caption that names all of the scene, in one of several phrasings and any order of its objects."""
+    objects = rng.sample(scene.objects, len(scene.objects))
+    first, joint, last = rng.choice([
+        ("", " at the ", f" on a {scene.background} background"),
+        (f"on a {scene.background} background, ", " in the ", ""),
+        (f"a {scene.background} background with ", " at the ", "")])
+    parts = [f"a {o.size} {o.color} {o.shape}{joint}{o.place}" for o in objects]
+    return first + " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]])) + last
+
+
+def read_description(text: str) -> Scene | None:
+    """caption -> Scene, or None when it does not name one; inverse of describe."""
+    alternatives = ("|".join(words) for words in (SIZES, COLORS, SHAPES, PLACES))
+    one, ground = r"\ba ({}) ({}) ({}) (?:at|in) the ({})\b".format(*alternatives), rf"\ba ({'|'.join(BACKGROUNDS)}) background\b"
+    objects, background = re.findall(one, text), re.findall(ground, text)
+    rest = re.findall(r"\w+", re.sub(f"{one}|{ground}", "", text))
+    if len(background) != 1 or not objects or len({o[3] for o in objects}) != len(objects) or set(rest) - {"on", "with", "and"}:
+        return None
+    return Scene(background[0], tuple(sorted((Object(*o) for o in objects), key=lambda o: PLACES.index(o.place))))
+
+
+def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+    """(question, answer) pairs of every kind that the scene allows."""
+    at = {o.place: o for o in scene.objects}
+    kinds = [(o.color, o.shape) for o in scene.objects]
+    asked = [c for c in itertools.product(COLORS, SHAPES) if c not in WITHHELD and c not in kinds]
+    pairs = [("what is the background?", scene.background),
+             ("how many shapes are there?", NUMBERS[len(scene.objects)])]
+    place = rng.choice(PLACES)
+    pairs.append((f"which shape is at the {place}?", at[place].shape if place in at else "none"))
+    for o in scene.objects:
+        if sum(o.shape == p.shape for p in scene.objects) == 1:
+            pairs += [(f"what color is the {o.shape}?", o.color), (f"where is the {o.shape}?", o.place)]
+        if sum(o.color == p.color for p in scene.objects) == 1:
+            pairs.append((f"what size is the {o.color} shape?", o.size))
+    color = rng.choice(kinds)[0] if rng.random() < 0.7 else rng.choice(list(COLORS))
+    pairs.append((f"how many {color} shapes are there?", NUMBERS[sum(c == color for c, _ in kinds)]))
+    pairs.append(("is there any {} {}?".format(*rng.choice(kinds)), "yes"))
+    pairs.append(("is there any {} {}?".format(*rng.choice(asked)), "no"))
+    return pairs
+
+
+CORNERS = {"circle": "no corners", "square": "four corners", "triangle": "three corners", "star": "five points"}
+MIXES = {"orange": "red and yellow", "green": "blue and yellow", "purple": "red and blue"}
+
+
+def statement(rng: random.Random) -> str:
+    """One true sentence about shapes and colors."""
+    color, shape = rng.choice([k for k in itertools.product(COLORS, SHAPES) if k not in WITHHELD])
+    mixed = rng.choice(list(MIXES))
+    return rng.choice([
+        f"Any {color} {shape} has {CORNERS[shape]}.",
+        f"Every {shape}, small or large, has {CORNERS[shape]}.",
+        f"The color of every {color} {shape} is {color}.",
+        f"A large {shape} is larger than a small {shape}.",
+        f"You get {mixed} when you mix {MIXES[mixed]}.",
+        f"If a picture shows one {color} {shape} and nothing else, it shows one shape."])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vocabulary: which row of the embedding means what. The only place where codes and ids are converted.
+
+@dataclass(frozen=True)
+class Vocab:
+    """Text rows, then the image rows; where a family has no ids to spare, its new special tokens follow the image rows."""
+    bos: int
+    eos: int
+    pad: int
+    boi: int
+    eoi: int
+    uncond: int
+    image_start: int
+    image_size: int     # K
+
+    @property
+    def size(self) -> int:
+        return 1 + max(self.image_start + self.image_size - 1, self.boi, self.eoi, self.uncond)
+
+    @property
+    def image_rows(self) -> tuple[int, int]:
+        return self.image_start, self.image_start + self.image_size
+
+    @property
+    def text_rows(self) -> tuple[int, int]:
+        return 0, self.image_start
+
+    def codes_to_ids(self, codes):
+        """Codes of any shape, 0..K-1 -> ids of the same shape. ValueError outside that range."""
+        return self._shift(codes, 0, self.image_start)
+
+    def ids_to_codes(self, ids):
+        """Ids of image rows, of any shape -> codes. ValueError if any of them is another row."""
+        return self._shift(ids, self.image_start, -self.image_start)
+
+    def _shift(self, x, first, offset):
+        x = torch.as_tensor(x)
+        if x.numel() and not (first <= int(x.min()) and int(x.max()) < first + self.image_size):
+            last = first + self.image_size - 1
+            raise ValueError(f"{int(x.min())}..{int(x.max())} is not within the image range {first}..{last}")
+        return x + offset
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text tokenizers
+
+class Chat(NamedTuple):
+    """What stands before a person's words, before the model's, and after each."""
+    user: str
+    model: str
+    end: str
+
+
+CHATS = {"plain": Chat("Question: ", "Answer: ", "\n"),
+         "gemma": Chat("<start_of_turn>user\n", "<start_of_turn>model\n", "<end_of_turn>\n"),
+         "chatml": Chat("<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n"),
+         "llama3": Chat("<|start_header_id|>user<|end_header_id|>\n\n", "<|start_header_id|>assistant<|end_header_id|>\n\n",
+                        "<|eot_id|>")}
+
+
+class WordTokenizer:
+    """Whole words that the data uses often, bytes for the rest; any string comes back as it was.
+
+    Ids: 6 special tokens, 256 bytes, then the words.
+    """
+    SPECIAL = dict(pad=0, bos=1, eos=2, boi=3, eoi=4, uncond=5)
+    PIECES = re.compile(r" ?\w+| ?[^\w\s]+|\s")      # every character is in exactly one class, so the pieces tile the text
+    chat, stops = CHATS["plain"], ()
+
+    def __init__(self, words):
+        self.words = list(words)
+        self.first = len(self.SPECIAL) + 256
+        self.ids = {word: self.first + i for i, word in enumerate(self.words)}
+
+    @classmethod
+    def learn(cls, texts, size=4096):
+        """The most frequent pieces of the texts that occur at least three times."""
+        counts = Counter(piece for text in texts for piece in cls.PIECES.findall(text))
+        return cls(piece for piece, n in counts.most_common(size) if n >= 3)
+
+    @property
+    def size(self):
+        return self.first + len(self.words)
+
+    def encode(self, text):
+        ids = []
+        for piece in self.PIECES.findall(text):
+            known = self.ids.get(piece)
+            ids += [known] if known else [len(self.SPECIAL) + byte for byte in piece.encode("utf-8", "surrogatepass")]
+        return ids
+
+    def decode(self, ids):
+        """Special tokens are left out; bytes that are no UTF-8 become replacement characters."""
+        raw = b"".join(self.words[i - self.first].encode("utf-8", "surrogatepass") if i >= self.first else
+                       bytes([i - len(self.SPECIAL)]) for i in ids if i >= len(self.SPECIAL))
+        try:
+            return raw.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            return raw.decode("utf-8", "replace")
+
+    def vocab(self, image_size) -> Vocab:
+        return Vocab(**self.SPECIAL, image_start=self.size, image_size=image_size)
+
+    def state(self):
+        return {"kind": "words", "words": self.words}
+
+
+class PretrainedTokenizer:
+    """The tokenizer.json of a Gemma, Qwen or Llama folder, through the `tokenizers` package."""
+    MARKS = {"<start_of_turn>": "gemma", "<|im_start|>": "chatml", "<|start_header_id|>": "llama3"}
+    SPARE = [("<boi>", "<eoi>", "<unconditional>"),                     # Liquid's own names
+             ("<unused0>", "<unused1>", "<unused2>"),                   # Gemma
+             ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>"),   # Qwen, whose text models never see them
+             tuple(f"<|reserved_special_token_{i}|>" for i in range(3))]    # Llama 3
+
+    def __init__(self, text):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise ValueError('tokenizers is not installed: pip install -e ".[pretrained]"') from None
+        self.text, self.tokenizer = text, Tokenizer.from_str(text)
+        self.chat = CHATS[next((kind for mark, kind in self.MARKS.items() if self.id(mark) is not None), "plain")]
+        turn_end = self.id(self.chat.end.strip())
+        self.stops = () if turn_end is None else (turn_end,)
+
+    @classmethod
+    def load(cls, folder):
+        path = Path(folder) / "tokenizer.json"
+        try:
+            return cls(read_utf8(path))
+        except Exception as error:      # the package raises bare Exceptions
+            raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+
+    def id(self, name):
+        return self.tokenizer.token_to_id(name)
+
+    def encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def vocab(self, image_size, config, image_start=None) -> Vocab:
+        """config is the folder's config.json; image rows follow all rows of its embedding, padding rows included.
+
+        boi, eoi and uncond take ids that the family keeps in reserve, or else new rows behind the image rows.
+        """
+        def first(key, otherwise):
+            value = config.get(key)
+            value = value[0] if isinstance(value, list) else value
+            return otherwise if value is None else value
+        image_start = config["vocab_size"] if image_start is None else image_start
+        eos = first("eos_token_id", 1)
+        spare = next((names for names in self.SPARE if all(self.id(name) is not None for name in names)), None)
+        boi, eoi, uncond = map(self.id, spare) if spare else (image_start + image_size + i for i in range(3))
+        return Vocab(first("bos_token_id", eos), eos, first("pad_token_id", eos), boi, eoi, uncond, image_start, image_size)
+
+    def state(self):
+        return {"kind": "pretrained", "text": self.text}
+
+
+def load_tokenizer(state):
+    """The tokenizer that state(), kept in every checkpoint, describes."""
+    return WordTokenizer(state["words"]) if state["kind"] == "words" else PretrainedTokenizer(state["text"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Templates: each task is written once, for training (ids and targets) and for sampling (the same with the answer left
+# out). All of them return (ids, targets), two lists of one length: targets[t] is the id to predict after ids[..t], or
+# IGNORE where nothing is learned.
+
+IGNORE = -100
+TASKS = ("t2i", "i2t", "vqa", "text")
+DRAW = " Generate an image based on this description."
+CAPTION = "The caption of this image is:"
+
+
+def sequence(*segments):
+    """Segments (ids, learned) -> (ids, targets)."""
+    ids, learned = [], []
+    for part, learn in segments:
+        ids += part
+        learned += [learn] * len(part)
+    return ids, [i if learn else IGNORE for i, learn in zip(ids[1:], learned[1:])] + [IGNORE]
+
+
+def picture(vocab, codes):
+    """codes (h, w) or (h*w,) -> ids in raster order."""
+    return vocab.codes_to_ids(codes).flatten().tolist()
+
+
+def render_t2i(vocab, tokenizer, caption, codes=None):
+    """Draw a caption; without a caption, draw anything (the unconditional half of guidance)."""
+    words = [vocab.uncond] if caption is None else tokenizer.encode(caption + DRAW)
+    answer = [] if codes is None else picture(vocab, codes) + [vocab.eoi, vocab.eos]
+    return sequence(([vocab.bos] + words + [vocab.boi], False), (answer, True))
+
+
+def render_i2t(vocab, tokenizer, codes, caption=None):
+    """Caption a picture."""
+    answer = [] if caption is None else tokenizer.encode(caption) + [vocab.eos]
+    return sequence(([vocab.bos, vocab.boi] + picture(vocab, codes) + [vocab.eoi] + tokenizer.encode(CAPTION), False),
+                    (answer, True))
+
+
+def render_vqa(vocab, tokenizer, codes, turns):
+    """Talk about a picture: turns is a list of (question, answer), the picture stands before the first question.
+
+    An answer of None ends the sequence: it is what the model has to say.
+    """
+    chat, segments = tokenizer.chat, [([vocab.bos], False)]
+    image = [vocab.boi] + picture(vocab, codes) + [vocab.eoi]
+    for number, (question, answer) in enumerate(turns):
+        opening = tokenizer.encode(chat.user) + image + tokenizer.encode("\n") if number == 0 else tokenizer.encode(chat.user)
+        segments.append((opening + tokenizer.encode(question + chat.end + chat.model), False))
+        if answer is None:
+            return sequence(*segments)
+        segments.append((tokenizer.encode(answer + chat.end), True))
+    return sequence(*segments, ([vocab.eos], True))
+
+
+def render_text(vocab, tokenizer, text, ended=True):
+    """Read a text; with ended=False it goes on."""
+    return sequence(([vocab.bos], False), (tokenizer.encode(text) + [vocab.eos] * ended, True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures: file -> image -> pixels, and back
+
+GRAY = (122, 116, 104)      # what Liquid pads with
+Image.MAX_IMAGE_PIXELS = 100_000_000
+
+
+def load_image(file) -> Image.Image:
+    """A path or an open file -> image in RGB: turned as its EXIF says, transparency on white, 16 bits scaled to 8.
+
+    Raises ValueError, naming the file, for whatever cannot be read as a picture.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I;16") or image.mode == "I":
+                    image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
+                if image.has_transparency_data:
+                    image = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, RuntimeError,
+            Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        name = file if isinstance(file, (str, Path)) else getattr(file, "name", "a picture")
+        raise ValueError(f"{name}: not a readable picture ({error})") from None
+
+
+def fit(image, size, pad=False) -> Image.Image:
+    """image -> size x size: the centre of the picture, or with pad all of it on a gray square."""
+    if pad:     # a long strip shrinks first: its square would not fit into memory
+        image = ImageOps.pad(image, (min(max(image.size), 4096),) * 2, Image.LANCZOS, GRAY)
+    return image if image.size == (size, size) else ImageOps.fit(image, (size, size), Image.LANCZOS)
+
+
+def to_pixels(image) -> torch.Tensor:
+    """image -> pixels (1, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def to_image(pixels) -> Image.Image:
+    """pixels (1, 3, H, W) or (3, H, W) -> image; inverse of to_pixels."""
+    pixels = pixels.detach().reshape(pixels.shape[-3:]).float().clamp(-1, 1)
+    return Image.fromarray(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def grid(images, columns, gap=4) -> Image.Image:
+    """Images of one size -> one picture of them in rows."""
+    (w, h), rows = images[0].size, -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (w + gap) - gap, rows * (h + gap) - gap), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * (w + gap), i // columns * (h + gap)))
+    return sheet
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources: where pictures and texts come from
+
+@dataclass
+class Picture:
+    """A captioned picture, opened when it is needed; with codes, it is encoded already."""
+    name: str
+    open: Callable[[], Image.Image] | None
+    captions: list[str] = field(default_factory=list)
+    talks: list[list[tuple[str, str]]] = field(default_factory=list)    # each a list of (question, answer)
+    codes: torch.Tensor | None = None                                   # (h, w)
+
+
+class Split(NamedTuple):
+    pictures: list[Picture]
+    texts: list[str]
+
+
+def scenes(count, seed, name, side=64, unseen=False, skip=()) -> list[Picture]:
+    """Pictures of random scenes, none of which is in skip; scene i depends on (seed, name, i) alone."""
+    pictures = []
+    for i in itertools.count():
+        rng = random.Random(f"{seed}/{name}/{i}")
+        scene = random_scene(rng, unseen)
+        if scene in skip:
+            continue
+        if len(pictures) == count:
+            return pictures
+        captions, pairs = [describe(scene, rng) for _ in range(4)], questions(scene, rng)
+        talks = [rng.sample(pairs, 4) for _ in range(4)]        # four questions about a picture cost little more than one
+        pictures.append(Picture(f"{name}/{i}", partial(draw, scene, side), captions, talks))
+
+
+def built_in(seed, side=64, train=20000, val=400, unseen=200) -> dict[str, Split]:
+    """The scenes, and English that every Python carries with statements about shapes and colors; val is never trained on."""
+    from pydoc_data.topics import topics
+    held_out, rng = scenes(val, seed, "val", side), random.Random(f"{seed}/text")
+    known = {p.open.args[0] for p in held_out}
+    paragraphs = "\n\n".join(topics[key] for key in sorted(topics)).split("\n\n")
+    english = passages("\n\n".join(dict.fromkeys(paragraphs)))       # the topics repeat each other
+    statements = [statement(rng) for _ in range(len(english))]
+    train_texts, val_texts = hold_out(english)
+    return {"train": Split(scenes(train, seed, "train", side, skip=known), train_texts + statements),
+            "val": Split(held_out, val_texts),
+            "unseen": Split(scenes(unseen, seed, "unseen", side, unseen=True), [])}
+
+
+def passages(text, length=240) -> list[str]:
+    """Cut a text at line ends into passages of at most about length characters; longer lines are cut at spaces."""
+    result, passage = [], ""
+    for line in text.splitlines(keepends=True):
+        for part in re.findall(rf".{{1,{length}}}(?:\s|$)|\S{{{length}}}|.", line, re.DOTALL):
+            if len(passage) + len(part) > length:
+                result += [passage.strip("\n")] * bool(passage.strip())
+                passage = ""
+            passage += part
+    return result + [passage.strip("\n")] * bool(passage.strip())
+
+
+def hold_out(items, share=20, most=400):
+    """A list -> (train, val): one in share, at most so many, the same ones every time."""
+    order = random.Random(0).sample(range(len(items)), len(items))
+    n = min(most, max(1, len(items) // share)) if len(items) > 1 else 0
+    val = set(order[:n])
+    return [x for i, x in enumerate(items) if i not in val], [items[i] for i in sorted(val)] or list(items)
+
+
+def load_source(data=None, text=None, seed=0, side=64) -> dict[str, Split]:
+    """The splits of a run: {"train", "val"} of the user's pictures and texts, or the built-in ones with "unseen" besides."""
+    if data is None:
+        splits = built_in(seed, side)
+    else:
+        train, val = hold_out(read_pictures(data))
+        splits = {"train": Split(train, []), "val": Split(val, [])}
+    if text is not None:
+        train, val = hold_out(read_texts(text))
+        splits["train"], splits["val"] = splits["train"]._replace(texts=train), splits["val"]._replace(texts=val)
+    return splits
+
+
+def read_texts(path) -> list[str]:
+    """A .txt file, or a .jsonl file with `text` in every line -> passages."""
+    path = Path(path)
+    rows = read_jsonl(path) if path.suffix == ".jsonl" else [(1, {"text": read_utf8(path)})]
+    result = [p for number, row in rows for p in passages(field_of(row, "text", path, number))]
+    if not result:
+        raise ValueError(f"{path}: no text in it")
+    return result
+
+
+def read_utf8(path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a readable UTF-8 text ({error})") from None
+
+
+def read_jsonl(path):
+    """Yields (line number, object) of every line that is not empty; ValueError names file and line."""
+    for number, line in enumerate(read_utf8(path).split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: not a JSON object")
+            yield number, row
+
+
+def field_of(row, key, path, number) -> str:
+    if not isinstance(row.get(key), str):
+        raise ValueError(f"{path}, line {number}: no string {key!r}")
+    return row[key]
+
+
+def read_pictures(path) -> list[Picture]:
+    """A folder of pictures with .txt or .json beside them, a .jsonl, a .tar, or a folder of .tar shards."""
+    path = Path(path)
+    if path.is_dir():
+        shards = sorted(path.glob("*.tar"))
+        pictures = [p for shard in shards for p in read_tar(shard)] if shards else read_folder(path)
+    elif path.suffix == ".jsonl":
+        pictures = [picture_of_row(row, path, number) for number, row in read_jsonl(path)]
+    elif path.suffix == ".tar":
+        pictures = read_tar(path)
+    else:
+        raise ValueError(f"{path}: " + ("not a folder, .jsonl or .tar" if path.exists() else "no such file or folder"))
+    if not pictures:
+        raise ValueError(f"{path}: no pictures (.png, .jpg, .webp) in it")
+    return pictures
+
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def read_folder(path) -> list[Picture]:
+    pictures = []
+    for file in sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES):
+        text, extra = file.with_suffix(".txt"), file.with_suffix(".json")
+        pictures.append(annotated(str(file), partial(load_image, file), read_utf8(text) if text.exists() else None,
+                                  read_utf8(extra) if extra.exists() else None))
+    return pictures
+
+
+def read_tar(path) -> list[Picture]:
+    """WebDataset: members key.jpg, key.txt, key.json share a key. Nothing is unpacked, so names and links lead nowhere."""
+    groups = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    stem, _, suffix = member.name.rpartition(".")
+                    groups.setdefault(stem, {})["." + suffix.lower()] = member.offset_data, member.size
+    except (tarfile.TarError, OSError) as error:
+        raise ValueError(f"{path}: not a readable tar file ({error})") from None
+
+    def read(place):
+        with open(path, "rb") as file:
+            file.seek(place[0])
+            return file.read(place[1])
+
+    def image(name, place):
+        buffer = io.BytesIO(read(place))
+        buffer.name = name
+        return load_image(buffer)
+
+    pictures = []
+    for stem, files in groups.items():
+        suffix = next((s for s in SUFFIXES if s in files), None)
+        if suffix:
+            name, notes = f"{path}:{stem}{suffix}", [read(files[s]).decode("utf-8-sig", "replace") if s in files else None
+                                                      for s in (".txt", ".json")]
+            pictures.append(annotated(name, partial(image, name, files[suffix]), *notes))
+    return pictures
+
+
+def annotated(name, open, text, extra) -> Picture:
+    """A Picture from the contents of its .txt (caption) and .json ({"caption": ..., "qa": [[question, answer], ...]})."""
+    try:
+        extra = json.loads(extra) if extra else {}
+        captions = [c.strip() for c in (text, extra.get("caption")) if c and c.strip()]
+        talks = [[(q.strip(), a.strip())] for q, a in extra.get("qa", [])]
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: its .json is not {{\"caption\": ..., \"qa\": [[question, answer], ...]}} ({error})") from None
+    return Picture(name, open, list(dict.fromkeys(captions)), talks)
+
+
+def codes_of(row, path, number) -> torch.Tensor:
+    """The list, or the text of a list, in vqcode_512 -> codes (h, w) of a square grid."""
+    try:
+        codes = row["vqcode_512"]
+        codes = np.array(json.loads(codes) if isinstance(codes, str) else codes).flatten()
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}, line {number}: vqcode_512 is not a list of codes ({error})") from None
+    side = math.isqrt(len(codes))
+    if codes.dtype != np.int64 or codes.min() < 0 or side * side != len(codes):
+        raise ValueError(f"{path}, line {number}: vqcode_512 is not a square grid of whole numbers from 0")
+    return torch.from_numpy(codes).view(side, side)
+
+
+def talk_of(row, path, number) -> list[tuple[str, str]]:
+    """LLaVA's conversations -> (question, answer) pairs; the picture always stands before the first question."""
+    try:
+        words = [turn["value"].replace("<image>", "").strip() for turn in row["conversations"]]
+    except (AttributeError, KeyError, TypeError):
+        words = []
+    if not words or len(words) % 2:
+        raise ValueError(f"{path}, line {number}: conversations is not a list of question, answer, ... with a 'value' each")
+    return list(zip(words[::2], words[1::2]))
+
+
+def picture_of_row(row, path, number) -> Picture:
+    """One line of a .jsonl in any of the layouts: ours, Liquid's raw and pre-encoded, LLaVA's."""
+    def open_at(key):
+        file = path.parent / field_of(row, key, path, number)
+        return dict(name=str(file), open=partial(load_image, file))
+    if "vqcode_512" in row:
+        return Picture(f"{path}:{number}", None, [field_of(row, "text", path, number)], codes=codes_of(row, path, number))
+    if "conversations" in row:
+        return Picture(**open_at("image"), talks=[talk_of(row, path, number)])
+    if "image_path" in row:
+        return Picture(**open_at("image_path"), captions=[field_of(row, "text_prompt", path, number)])
+    return Picture(**open_at("image"), captions=[field_of(row, "text", path, number)])
+
+
+class Pixels(torch.utils.data.Dataset):
+    """Pictures as uint8 tensors (3, size, size); for one that cannot be read, the sentence that says why."""
+    def __init__(self, pictures, size, pad=False):
+        self.pictures, self.size, self.pad = pictures, size, pad
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, i):
+        try:
+            image = fit(self.pictures[i].open(), self.size, self.pad)
+        except ValueError as error:
+            return str(error)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards: pictures that are encoded already
+
+def save_atomically(value, path):
+    """torch.save that leaves either the old file or the whole new one, whatever happens meanwhile."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_file = path.with_name(path.name + ".partial")
+    try:
+        with open(partial_file, "wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial_file, path)
+    finally:
+        partial_file.unlink(missing_ok=True)
+
+
+def write_shard(path, pictures, fingerprint):
+    """Pictures with codes -> one file; fingerprint names the VQGAN that made the codes."""
+    rows = [dict(name=p.name, captions=p.captions, talks=p.talks) for p in pictures]
+    codes = torch.stack([p.codes for p in pictures]).to(torch.int32) if pictures else torch.empty(0, 0, 0)
+    save_atomically({"format": "nanoLiquid codes 1", "fingerprint": fingerprint, "codes": codes, "rows": json.dumps(rows)}, path)
+
+
+def read_shard(path, fingerprint) -> list[Picture] | None:
+    """The inverse of write_shard; None if the file is missing, damaged or made by another VQGAN."""
+    try:
+        shard = torch.load(path, weights_only=True, mmap=True)
+        if shard["format"] != "nanoLiquid codes 1" or shard["fingerprint"] != fingerprint:
+            return None
+        return [Picture(row["name"], None, row["captions"], [[tuple(turn) for turn in talk] for talk in row["talks"]], codes)
+                for row, codes in zip(json.loads(shard["rows"]), shard["codes"])]
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError, pickle.UnpicklingError):
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loader: an endless, mixed, packed stream that is a pure function of its seed and a few integers
+
+class Batch(NamedTuple):
+    """Examples side by side in full rows; none is cut, and none sees its neighbours."""
+    ids: torch.Tensor           # (R, T) int64
+    targets: torch.Tensor       # (R, T) int64, IGNORE where nothing is learned
+    positions: torch.Tensor     # (R, T) int64, from 0 in each example
+    documents: torch.Tensor     # (R, T) int64, number of the example in its row, -1 in padding
+    tasks: torch.Tensor         # (R, T) int64, index into TASKS, -1 in padding
+
+    def to(self, device):
+        return Batch(*(x.to(device, non_blocking=True) for x in self))
+
+
+class Loader:
+    """Yields (Batch, state): `state` resumes the stream right after that batch.
+
+    tasks    {task: list of Picture or str}; mix {task: weight}
+    rows     of a batch over all ranks; every rank plans the whole batch and renders rows rank, rank + world, ...
+    An example's choices (caption, question, dropped words) depend on (seed, task, epoch, index) alone.
+    """
+    PATIENCE = 64       # examples that may wait for the next batch before this one is closed
+
+    def __init__(self, tasks, mix, vocab, tokenizer, rows, context, seed=0, rank=0, world=1, uncond=0.1, state=None):
+        self.tasks, self.vocab, self.tokenizer = tasks, vocab, tokenizer
+        self.rows, self.context, self.seed, self.rank, self.world, self.uncond = rows, context, seed, rank, world, uncond
+        self.mix = {task: weight for task, weight in mix.items() if weight > 0 and tasks.get(task)}
+        if not self.mix:
+            raise ValueError(f"nothing to train on: the mix asks for {', '.join(mix)}, and there are no examples of it")
+        state = state or {"drawn": dict.fromkeys(self.mix, 0), "waiting": [], "dropped": 0}
+        self.drawn = dict.fromkeys(self.mix, 0) | state["drawn"]     # a resumed run may have another mix
+        self.waiting = [tuple(w) for w in state["waiting"] if w[0] in self.mix]
+        self.dropped = state["dropped"]     # examples longer than a row
+
+    def state(self):
+        return {"drawn": dict(self.drawn), "waiting": [list(w) for w in self.waiting], "dropped": self.dropped}
+
+    def __iter__(self):
+        while True:
+            batch = self.batch()
+            yield batch, self.state()
+
+    @lru_cache(maxsize=8)
+    def order(self, task, epoch):
+        """A permutation of the task's examples: each comes once an epoch."""
+        seed = int.from_bytes(hashlib.sha256(f"{self.seed}/{task}/{epoch}".encode()).digest()[:8], "little")
+        return np.random.default_rng(seed).permutation(len(self.tasks[task]))
+
+    def draw(self):
+        """The next example of the stream as (task, epoch, index)."""
+        rng = random.Random(f"{self.seed}/{sum(self.drawn.values())}")
+        task, = rng.choices(list(self.mix), list(self.mix.values()))
+        epoch, place = divmod(self.drawn[task], len(self.tasks[task]))
+        self.drawn[task] += 1
+        return task, epoch, int(self.order(task, epoch)[place])
+
+    @lru_cache(maxsize=4096)
+    def render(self, task, epoch, index):
+        """(task, epoch, index) -> (ids, targets)"""
+        rng = random.Random(f"{self.seed}/{task}/{epoch}/{index}")
+        item, common = self.tasks[task][index], (self.vocab, self.tokenizer)
+        if task == "text":
+            return render_text(*common, item)
+        if task == "vqa":
+            return render_vqa(*common, item.codes, rng.choice(item.talks))
+        caption = rng.choice(item.captions)
+        if task == "i2t":
+            return render_i2t(*common, item.codes, caption)
+        return render_t2i(*common, None if rng.random() < self.uncond else caption, item.codes)
+
+    def plan(self):
+        """Choose the examples of one batch: each goes to the fullest row that holds it, misfits wait for the next batch."""
+        rows, free = [[] for _ in range(self.rows)], [self.context] * self.rows
+        pending, misfits, too_long = self.waiting, [], 0
+        while len(misfits) < self.PATIENCE:
+            key = pending.pop(0) if pending else self.draw()
+            length = len(self.render(*key)[0])
+            if length > self.context:
+                self.dropped, too_long = self.dropped + 1, too_long + 1
+                if too_long > 10_000:
+                    raise ValueError(f"no example fits into --context {self.context}: the last one has {length} tokens")
+                continue
+            best = min((r for r in range(self.rows) if free[r] >= length), key=free.__getitem__, default=None)
+            if best is None:
+                misfits.append(key)
+            else:
+                rows[best].append(key)
+                free[best] -= length
+        self.waiting = misfits + pending
+        return rows
+
+    def batch(self) -> Batch:
+        mine = self.plan()[self.rank::self.world]
+        batch = np.full((5, len(mine), self.context), -1, np.int64)
+        batch[0], batch[1], batch[2] = self.vocab.pad, IGNORE, 0
+        for r, row in enumerate(mine):
+            start = 0
+            for number, key in enumerate(row):
+                ids, targets = self.render(*key)
+                span = np.s_[r, start:start + len(ids)]
+                for plane, value in zip(batch, (ids, targets, range(len(ids)), number, TASKS.index(key[0]))):
+                    plane[span] = value
+                start += len(ids)
+        return Batch(*torch.from_numpy(batch))
+
+
+def ahead(iterator, depth=2):
+    """Run an iterator in a thread, a few items ahead of who reads it."""
+    items, ended = queue.Queue(depth), threading.Event()
+
+    def hand_over(*entry):
+        while not ended.is_set():
+            try:
+                return items.put(entry, timeout=0.1)
+            except queue.Full:
+                pass
+
+    def work():
+        try:
+            for item in iterator:
+                hand_over(item, None)
+                if ended.is_set():
+                    return
+            hand_over()                     # nothing: the end
+        except BaseException as error:      # handed to the reader, who raises it
+            hand_over(None, error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while entry := items.get():
+            item, error = entry
+            if error:
+                raise error
+            yield item
+    finally:
+        ended.set()
+
+
+def show():
+    """Print one example of every task; what the model learns to write is underlined."""
+    train = built_in(0, train=1)["train"]
+    tokenizer = WordTokenizer.learn([*train.pictures[0].captions * 3, *train.texts, CAPTION * 3, DRAW * 3])
+    vocab = tokenizer.vocab(512)
+    train.pictures[0].codes = torch.arange(16).view(4, 4)
+    names = {v: f"<{k}>" for k, v in WordTokenizer.SPECIAL.items()}
+    def name(i):
+        return f"[{i - vocab.image_start}]" if i >= vocab.image_start else names.get(i) or tokenizer.decode([i])
+    tasks = {task: train.texts if task == "text" else train.pictures for task in TASKS}
+    loader = Loader(tasks, dict.fromkeys(TASKS, 1), vocab, tokenizer, 1, 256)
+    for task in TASKS:
+        ids, targets = loader.render(task, 0, 0)
+        learned = [False] + [t != IGNORE for t in targets[:-1]]
+        print(f"{task}: " + "".join(f"\033[4m{name(i)}\033[0m" if learn else name(i) for i, learn in zip(ids, learned)), "\n")
+
+
+if __name__ == "__main__":
+    show()

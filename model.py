@@ -1,0 +1,695 @@
+"""The transformer: one decoder for words and image codes, whose configuration spans Gemma 1-3, Qwen 2-3 and Llama 3.
+
+It is trained with one next-token loss; an image code is a token like any other, a row of the same table:
+
+    ids --table--> x --[norm, attention, +, norm, MLP, +] * L--> norm --table^T--> logits
+
+Parameter names are Hugging Face's, so that published weights load as they are.
+
+B batch   T queries   S keys   D hidden_size   H heads   G key-value heads   d head_dim   F intermediate_size
+L layers   V rows of the table   N positions that carry loss
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def require(true, message):
+    if not true:
+        raise ValueError(message)
+
+
+def require_choice(name, value, choices):
+    require(value in list(choices), f"{name} {value!r} is not supported: choose from {', '.join(choices)}")
+
+
+@dataclass
+class Family:
+    """What sets one family of models apart beyond its sizes."""
+    architecture: str               # Hugging Face's class
+    unit_offset: bool = False       # norms multiply by 1 + weight
+    embed_scale: bool = False       # embeddings are multiplied by sqrt(D)
+    qkv_bias: bool = False
+    qk_norm: bool = False           # queries and keys are normalised in each head
+    post_norms: bool = False        # a norm behind attention and MLP, too
+    defaults: dict = field(default_factory=dict)    # keys of its config.json beyond SIZES, and their values when left out
+
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+
+# As in the configuration classes of transformers 5.
+PLAIN = dict(num_key_value_heads=None, head_dim=None, hidden_act="silu", rms_norm_eps=1e-6, tie_word_embeddings=False,
+             rope_theta=10000.0, rope_scaling=None, rope_parameters=None)
+LLAMA = PLAIN | dict(attention_bias=False, mlp_bias=False)
+QWEN2 = PLAIN | dict(num_key_value_heads=32, use_sliding_window=False, sliding_window=4096, max_window_layers=28,
+                     layer_types=None)
+QWEN3 = QWEN2 | dict(head_dim=128, attention_bias=False)
+GEMMA = PLAIN | dict(num_key_value_heads=16, head_dim=256, hidden_act="gelu_pytorch_tanh", hidden_activation=None,
+                     tie_word_embeddings=True, attention_bias=False)
+SLIDING_GEMMA = GEMMA | dict(num_key_value_heads=4, hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256,
+                             sliding_window=4096, layer_types=None, final_logit_softcapping=None)
+GEMMA2 = SLIDING_GEMMA | dict(sliding_window_pattern=2, final_logit_softcapping=30.0, attn_logit_softcapping=50.0)
+GEMMA3 = SLIDING_GEMMA | dict(sliding_window_pattern=6, rope_theta=1e6, rope_local_base_freq=10000.0)
+
+as_gemma = partial(Family, unit_offset=True, embed_scale=True)
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", defaults=LLAMA),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, defaults=QWEN2),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, defaults=QWEN3),
+    "gemma": as_gemma("GemmaForCausalLM", defaults=GEMMA),
+    "gemma2": as_gemma("Gemma2ForCausalLM", post_norms=True, defaults=GEMMA2),
+    "gemma3_text": as_gemma("Gemma3ForCausalLM", qk_norm=True, post_norms=True, defaults=GEMMA3),
+}
+
+ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
+ROPE_KEYS = {"default": (), "linear": ("factor",),
+             "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+
+
+@dataclass
+class ModelConfig:
+    """Hugging Face's names. The defaults are a small model of the Qwen 3 family, made to be trained from scratch."""
+    model_type: str = "qwen3"
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 4
+    head_dim: int = 32
+    hidden_act: str = "silu"                    # or gelu_pytorch_tanh
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = True
+    attention_bias: bool = False                # on q, k, v; with attention_out_bias on o as well
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None            # {"rope_type": "linear" or "llama3", "factor": ..., ...}
+    rope_local_base_freq: float | None = None   # rope_theta of sliding layers, if another (Gemma 3)
+    sliding_window: int | None = None           # keys that a sliding layer sees, itself included
+    layer_types: list[str] | None = None        # "full_attention" or "sliding_attention" for each layer
+    query_pre_attn_scalar: float | None = None  # scores are divided by its root; None: head_dim
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    codebook_dim: int = 0                       # > 0: the last rows of the table are a function of the VQGAN's codebook
+    codebook_size: int = 0                      # K, with codebook_dim
+
+    def __post_init__(self):
+        for name in (*SIZES, "num_key_value_heads", "head_dim"):
+            require(type(n := getattr(self, name)) is int and n > 0, f"{name} is {n!r}, not a positive whole number")
+        for name in ("rms_norm_eps", "rope_theta"):
+            require(is_positive(x := getattr(self, name)), f"{name} is {x!r}, not a positive number")
+        require_choice("model_type", self.model_type, FAMILIES)
+        require_choice("hidden_act", self.hidden_act, ACTIVATIONS)
+        require(self.num_attention_heads % self.num_key_value_heads == 0,
+                f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} key-value heads")
+        require(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}, and rotary positions need pairs")
+        check_rope(self.rope_scaling or {})
+        if self.layer_types is not None:
+            require(len(self.layer_types) == self.num_hidden_layers,
+                    f"layer_types names {len(self.layer_types)} of {self.num_hidden_layers} layers")
+            for kind in self.layer_types:
+                require_choice("layer type", kind, ("full_attention", "sliding_attention"))
+            require("sliding_attention" not in self.layer_types or is_positive(self.sliding_window),
+                    f"sliding_window is {self.sliding_window!r}, not a positive number")
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
+    def slides(self, layer) -> bool:
+        return bool(self.layer_types) and self.layer_types[layer] == "sliding_attention"
+
+
+def is_positive(x):
+    return type(x) in (int, float) and x > 0
+
+
+def rope_type(scaling):
+    return scaling.get("rope_type", scaling.get("type", "default"))
+
+
+def check_rope(scaling):
+    require_choice("rope type", kind := rope_type(scaling), ROPE_KEYS)
+    for name in ROPE_KEYS[kind]:
+        require(is_positive(scaling.get(name)), f"{name} of rope type {kind} is {scaling.get(name)!r}, not a positive number")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config.json, which older and newer releases of transformers spell differently
+
+def config_from_hf(hf) -> ModelConfig:
+    """Translate the dict of a config.json, of any age; ValueError for what this model does not have."""
+    kind = hf.get("model_type") if isinstance(hf, dict) else None
+    require_choice("model_type", kind, FAMILIES)
+    for name in SIZES:
+        require(name in hf, f"{name} is missing")
+    require(not hf.get("use_bidirectional_attention"), "use_bidirectional_attention is not supported")
+    defaults = FAMILIES[kind].defaults
+    known = defaults | {k: v for k, v in hf.items() if k in (*SIZES, *defaults, "model_type")}
+    head_dim = known["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"]
+    bias, types, act = bool(known.get("attention_bias")), layer_types_from_hf(known), known["hidden_act"]
+    if kind == "gemma" and act == "gelu":       # the first files say so, and mean this (huggingface/transformers#29402)
+        act = "gelu_pytorch_tanh"
+    known |= rope_from_hf(known) | {
+        "num_key_value_heads": known["num_key_value_heads"] or hf["num_attention_heads"], "head_dim": head_dim,
+        "hidden_act": known.get("hidden_activation") or act, "attention_bias": bias, "attention_out_bias": bias,
+        "layer_types": types, "sliding_window": known["sliding_window"] if types else None,
+        "query_pre_attn_scalar": known.get("query_pre_attn_scalar", head_dim)}
+    return ModelConfig(**{f.name: known[f.name] for f in fields(ModelConfig) if f.name in known})
+
+
+def layer_types_from_hf(known):
+    """The kind of each layer, or None where no layer slides; older files state a rule in place of the list."""
+    if known.get("sliding_window") is None or not known.get("use_sliding_window", True):
+        return None
+    every, first = known.get("sliding_window_pattern"), known.get("max_window_layers")
+    types = known["layer_types"] or ["sliding_attention" if ((i + 1) % every if every else i >= first) else "full_attention"
+                                     for i in range(known["num_hidden_layers"])]
+    return None if set(types) == {"full_attention"} else types
+
+
+def rope_from_hf(known):
+    """Newer files keep everything in rope_parameters, where Gemma 3 has a dict for each kind of layer."""
+    rope, local = known["rope_parameters"] or {}, known.get("rope_local_base_freq")
+    if "rope_local_base_freq" in known:
+        sliding, rope = rope.get("sliding_attention") or {}, rope.get("full_attention") or {}
+        local = sliding.get("rope_theta", local)
+        require_choice("rope type of sliding layers", rope_type(sliding), ["default"])
+    theta = rope.get("rope_theta", known["rope_theta"])
+    rope = known["rope_scaling"] or rope
+    require(rope.get("partial_rotary_factor") in (None, 1), "partial_rotary_factor is not supported")
+    require_choice("rope type", kind := rope_type(rope), ROPE_KEYS)
+    rope = {"rope_theta": theta, "original_max_position_embeddings": known["max_position_embeddings"], "rope_type": kind, **rope}
+    return {"rope_theta": rope["rope_theta"], "rope_local_base_freq": local,
+            "rope_scaling": None if kind == "default" else {k: rope.get(k) for k in ("rope_type", *ROPE_KEYS[kind])}}
+
+
+def config_to_hf(config) -> dict:
+    """The reverse, in the older spelling, which old and new releases read; ValueError if the family has no words for it."""
+    defaults, values = config.family.defaults, asdict(config)
+    hf = {"architectures": [config.family.architecture], "model_type": config.model_type}
+    hf |= {k: v for k, v in values.items() if k in SIZES or k in defaults}
+    scalar = config.query_pre_attn_scalar or config.head_dim
+    spelled = {"hidden_activation": config.hidden_act, "query_pre_attn_scalar": scalar,
+               "use_sliding_window": bool(config.layer_types),
+               "sliding_window": config.sliding_window or defaults.get("sliding_window"),
+               "layer_types": config.layer_types or ["full_attention"] * config.num_hidden_layers}
+    hf |= {k: v for k, v in spelled.items() if k in defaults}
+    read = asdict(config_from_hf(hf))
+    for name, value in (values | {"codebook_dim": 0, "codebook_size": 0, "query_pre_attn_scalar": scalar}).items():
+        require(read[name] == value, f"a {config.model_type} of transformers cannot have {name} {value!r}")
+    return hf
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts
+
+class RMSNorm(nn.Module):
+    """Scale to unit mean square, computed in float32; Gemma multiplies by 1 + weight, before rounding."""
+    def __init__(self, dim, config):
+        super().__init__()
+        self.eps, self.unit_offset = config.rms_norm_eps, config.family.unit_offset
+        self.weight = nn.Parameter(torch.zeros(dim) if self.unit_offset else torch.ones(dim))
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (y * (1 + self.weight.float())).type_as(x) if self.unit_offset else self.weight * y.type_as(x)
+
+
+def rope_frequencies(config, local, device):
+    """Radians a position for each pair of dimensions -> (d/2,) float32; Su et al. 2021, arXiv 2104.09864."""
+    theta = config.rope_local_base_freq if local and config.rope_local_base_freq else config.rope_theta
+    freqs = 1.0 / theta ** (torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
+    scaling = None if local and config.rope_local_base_freq else config.rope_scaling
+    if not scaling or rope_type(scaling) == "default":
+        return freqs
+    if rope_type(scaling) == "linear":
+        return freqs / scaling["factor"]
+    # Llama 3.1: slow waves are stretched by factor, fast ones kept, those between are blended.
+    turns = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return freqs * (keep + (1 - keep) / scaling["factor"])
+
+
+def rope_angles(config, positions, local):
+    """positions (B, T) -> cos, sin (B, 1, T, d) float32."""
+    angles = positions[:, None, :, None].float() * rope_frequencies(config, local, positions.device)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """x (B, heads, T, d), whose pairs are (i, i + d/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat([-b, a], dim=-1) * sin.to(x.dtype)
+
+
+class Cache:
+    """Keys and values of what was read so far; row b begins with padding[b] slots that hold no token.
+
+    reach: how many slots attention looks at. None is all that are filled, which is least work; a constant keeps every
+    shape constant, as CUDA graphs need.
+    """
+    def __init__(self, config, batch, slots, device=None, dtype=None, padding=None, reach=None):
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.padding = torch.zeros(batch, dtype=torch.long, device=device) if padding is None else padding  # (B,)
+        self.next = torch.zeros((), dtype=torch.long, device=device)    # the slot of the next token
+        self.filled, self.reach = 0, reach
+
+    def advance(self, count):
+        """Claim slots for `count` tokens -> their numbers (T,)."""
+        require(self.filled + count <= self.k.shape[3],
+                f"the cache has {self.k.shape[3]} slots, {self.filled} are filled and {count} more are asked for")
+        slots = self.next + torch.arange(count, device=self.next.device)
+        self.next += count
+        self.filled += count
+        return slots
+
+    def update(self, layer, slots, k, v):
+        """Store k, v (B, G, T, d) -> all keys and values in reach (B, G, S, d)."""
+        self.k[layer].index_copy_(2, slots, k)
+        self.v[layer].index_copy_(2, slots, v)
+        reach = self.reach or self.filled
+        return self.k[layer][:, :, :reach], self.v[layer][:, :, :reach]
+
+    def select(self, rows, slots, reach=None):
+        """A cache of `slots` slots whose row i continues row rows[i] of this one: prompts are read once, answered often."""
+        new = object.__new__(Cache)
+        shape = (self.k.shape[0], len(rows), self.k.shape[2], slots, self.k.shape[4])
+        new.k, new.v = self.k.new_zeros(shape), self.v.new_zeros(shape)
+        new.k[:, :, :, :self.filled], new.v[:, :, :, :self.filled] = (x[:, rows, :, :self.filled] for x in (self.k, self.v))
+        new.padding, new.next, new.filled, new.reach = self.padding[rows], self.next.clone(), self.filled, reach
+        return new
+
+
+def visible(queries, keys, documents=None, padding=None, window=None):
+    """Which key each query may look at: itself and earlier ones of its own document -> (B or 1, 1, T, S) bool.
+
+    queries (T,) and keys (S,) number the slots; documents (B, T) numbers the examples of packed rows; padding (B,) slots at
+    the start of a row hold nothing. What holds nothing sees itself alone, for softmax needs one key.
+    """
+    distance = queries[:, None] - keys[None, :]                                     # (T, S)
+    mask = (distance >= 0 if window is None else (distance >= 0) & (distance < window))[None]
+    if documents is not None:
+        same = (documents[:, :, None] == documents[:, None, :]) & (documents[:, None, :] >= 0)
+        mask = mask & (same | (distance == 0))
+    if padding is not None:
+        mask = mask & ((keys >= padding[:, None])[:, None, :] | (distance == 0))
+    return mask[:, None]
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        c, self.config, self.layer = config, config, layer
+        bias = c.attention_bias or c.family.qkv_bias
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.attention_out_bias)
+        self.q_norm = RMSNorm(c.head_dim, c) if c.family.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c) if c.family.qk_norm else nn.Identity()
+        self.scale = (c.query_pre_attn_scalar or c.head_dim) ** -0.5
+
+    def forward(self, x, angles, mask, slots=None, cache=None):     # (B, T, D)
+        B, T, _ = x.shape
+        q, k, v = (proj(x).view(B, T, -1, self.config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q = rotate(self.q_norm(q).transpose(1, 2), *angles)         # (B, H, T, d)
+        k = rotate(self.k_norm(k).transpose(1, 2), *angles)         # (B, G, T, d)
+        v = v.transpose(1, 2)                                       # (B, G, T, d)
+        if cache is not None:
+            k, v = cache.update(self.layer, slots, k, v)            # (B, G, S, d)
+        y = attend(q, k, v, mask, self.scale, self.config.attn_logit_softcapping)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))     # (B, T, D)
+
+
+def attend(q, k, v, mask, scale, softcap=None):
+    """q (B, H, T, d), k and v (B, G, S, d), mask (B or 1, 1, T, S) or None for causal -> (B, H, T, d)."""
+    B, H, T, d = q.shape
+    G = k.shape[1]
+    if softcap:                                                     # Gemma 2; no fused kernel has it
+        scores = (q.reshape(B, G, H // G, T, d) @ k.unsqueeze(2).mT * scale).float()
+        scores = softcap * torch.tanh(scores / softcap)             # (B, G, H/G, T, S)
+        if mask is None:
+            mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device).tril()[None, None]
+        weights = scores.masked_fill(~mask.unsqueeze(1), float("-inf")).softmax(-1).type_as(q)
+        return (weights @ v.unsqueeze(2)).reshape(B, H, T, d)
+    if T == 1 and H > G:                                            # decoding: the heads of a group are queries of one head
+        y = F.scaled_dot_product_attention(q.view(B, G, H // G, d), k, v, mask, scale=scale)
+        return y.reshape(B, H, 1, d)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=H > G)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x):                                           # (B, T, D)
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.post_norms = config.family.post_norms
+        self.sliding = config.slides(layer)
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config)
+        if self.post_norms:
+            self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config)
+            self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config)
+
+    def forward(self, x, angles, mask, slots=None, cache=None):     # (B, T, D)
+        y = self.self_attn(self.input_layernorm(x), angles, mask, slots, cache)
+        if self.post_norms:                                         # Gemma 2 and 3
+            x = x + self.post_attention_layernorm(y)
+            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class CodebookRows(nn.Module):
+    """Rows of the table as a function of the VQGAN's code vectors: codes that look alike start alike, and a code that
+    training never drew shares what its neighbours learned. The paper learns every row on its own."""
+    def __init__(self, config):
+        super().__init__()
+        width = 2 * config.hidden_size
+        self.register_buffer("codebook", torch.zeros(config.codebook_size, config.codebook_dim))    # (K, e)
+        self.up = nn.Linear(config.codebook_dim, width)
+        self.down = nn.Linear(width, config.hidden_size, bias=False)
+
+    def start(self, codebook):
+        """Begin with a codebook (K, e), standardised, and rows as small as those of words."""
+        self.codebook.copy_((codebook - codebook.mean(0)) / codebook.std(0).clamp(min=1e-6))
+        nn.init.normal_(self.up.weight, 0.0, codebook.shape[1] ** -0.5)
+        nn.init.normal_(self.down.weight, 0.0, 0.04 / self.up.out_features ** 0.5)
+
+    def forward(self):                                              # -> (K, D)
+        return self.down(F.silu(self.up(self.codebook)))
+
+
+def train_from(weight, first):
+    """The same rows, those before `first` out of reach of gradients: a part of the graph, so DDP and FSDP keep it."""
+    return torch.cat([weight[:first].detach(), weight[first:]]) if first and torch.is_grad_enabled() else weight
+
+
+class Decoder(nn.Module):
+    """Everything but the head; the name `model` and those within are Hugging Face's."""
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.first_trained = config, 0
+        self.embed_tokens = nn.Embedding(config.vocab_size - config.codebook_size * bool(config.codebook_dim), config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config)
+        if config.codebook_dim:
+            self.image_rows = CodebookRows(config)
+
+    def table(self):
+        """The embedding table (V, D)."""
+        weight = train_from(self.embed_tokens.weight, self.first_trained)
+        return torch.cat([weight, self.image_rows().type_as(weight)]) if self.config.codebook_dim else weight
+
+    def forward(self, ids, table, positions=None, documents=None, cache=None):
+        """ids (B, T) -> x (B, T, D)."""
+        c, T = self.config, ids.shape[1]
+        slots = torch.arange(T, device=ids.device) if cache is None else cache.advance(T)
+        if positions is None:
+            positions = slots[None] if cache is None else (slots - cache.padding[:, None]).clamp(min=0)
+        masks = {None: None}
+        if cache is not None:
+            keys = torch.arange(cache.reach or cache.filled, device=ids.device)
+            masks[None] = visible(slots, keys, padding=cache.padding)
+        elif documents is not None:
+            keys, masks[None] = slots, visible(slots, slots, documents)
+        if c.layer_types and c.sliding_window:
+            keys = slots if cache is None else keys
+            masks[c.sliding_window] = visible(slots, keys, documents, cache.padding if cache else None, c.sliding_window)
+        angles = {local: rope_angles(c, positions, local) for local in {block.sliding for block in self.layers}}
+
+        x = F.embedding(ids, table)                                 # (B, T, D)
+        if c.family.embed_scale:
+            x = x * torch.tensor(c.hidden_size ** 0.5, dtype=x.dtype)   # rounded as Gemma was trained
+        for block in self.layers:
+            mask = masks[c.sliding_window if block.sliding else None]
+            x = block(x, angles[block.sliding], mask, slots, cache)
+        return self.norm(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss: a head of 264,192 rows would fill gigabytes with logits, so they come and go in chunks
+
+class ChunkedNLL(torch.autograd.Function):
+    """-log softmax(cap(x table^T))[target], chunk by chunk; backward computes each chunk's logits again.
+
+    x (N, D), table (V, D), targets (N,) -> nll (N,) float32, plus z_loss * logsumexp^2 (PaLM, arXiv 2204.02311, section 5).
+    """
+    CHUNK = 2 ** 26     # bytes of float32 logits at a time
+
+    @staticmethod
+    def logits(x, table, softcap):
+        z = (x @ table.T).float()
+        return z if softcap is None else z.div_(softcap).tanh_() * softcap
+
+    @staticmethod
+    def forward(ctx, x, table, targets, z_loss, softcap):
+        ctx.size = max(1, ChunkedNLL.CHUNK // (4 * len(table)))
+        lse, nll = torch.empty(len(x), device=x.device), torch.empty(len(x), device=x.device)
+        for i in range(0, len(x), ctx.size):
+            s = slice(i, i + ctx.size)
+            z = ChunkedNLL.logits(x[s], table, softcap)             # (chunk, V)
+            lse[s] = z.logsumexp(-1)
+            nll[s] = lse[s] - z.gather(1, targets[s, None])[:, 0]
+        ctx.save_for_backward(x, table, targets, lse)
+        ctx.z_loss, ctx.softcap = z_loss, softcap
+        return nll + z_loss * lse.square() if z_loss else nll
+
+    @staticmethod
+    def backward(ctx, grad):                                        # (N,)
+        x, table, targets, lse = ctx.saved_tensors
+        dx, dtable = torch.empty_like(x), torch.zeros_like(table) if ctx.needs_input_grad[1] else None
+        for i in range(0, len(x), ctx.size):
+            s = slice(i, i + ctx.size)
+            z = ChunkedNLL.logits(x[s], table, ctx.softcap)
+            slope = 1 - (z / ctx.softcap).square() if ctx.softcap else None
+            g = z.sub_(lse[s, None]).exp_()                         # softmax
+            if ctx.z_loss:
+                g.mul_(1 + 2 * ctx.z_loss * lse[s, None])
+            g.scatter_add_(1, targets[s, None], -torch.ones_like(g[:, :1]))
+            g.mul_(grad[s, None])
+            g = (g if slope is None else g.mul_(slope)).type_as(x)  # (chunk, V)
+            dx[s] = g @ table
+            if dtable is not None:
+                dtable.addmm_(g.T, x[s])
+        return dx, dtable, None, None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of weights
+
+def import_safetensors():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ValueError('safetensors, which published weights need, is not installed: pip install -e ".[pretrained]"') from None
+    return safetensors
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
+
+
+def weight_files(folder):
+    """The one file, or those that an index names."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists() or not index.exists():
+        return [folder / "model.safetensors"]
+    try:
+        names = set(read_json(index)["weight_map"].values())
+        beside = all(name == Path(name).name for name in names)    # not elsewhere on the machine
+    except (KeyError, TypeError, AttributeError):
+        beside = False
+    require(beside and names, f"{index}: has no weight_map from tensors to the names of files beside it")
+    return [folder / name for name in sorted(names)]
+
+
+def read_tensors(path, wanted):
+    """Yield (name, tensor) of one file, checked against wanted, {name: tensor of that shape}."""
+    library = import_safetensors()
+    try:
+        with library.safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                if name == "lm_head.weight" and name not in wanted or name.endswith("rotary_emb.inv_freq"):
+                    continue                                        # the copy of a tied head; constants of old releases
+                require(name in wanted, f"{path}: tensor {name} has no place in the model of config.json")
+                shape, asked = tuple(file.get_slice(name).get_shape()), tuple(wanted[name].shape)
+                require(shape == asked, f"{path}: tensor {name} is {shape}, and config.json asks for {asked}")
+                yield name, file.get_tensor(name)
+    except (library.SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as safetensors ({error})") from None
+
+
+def split(state, size):
+    """{name: tensor} -> {file: {name: tensor}}, a new file after each `size` bytes or a little more."""
+    parts, total = {}, 0
+    for name, tensor in state.items():
+        parts.setdefault(total // size, {})[name] = tensor
+        total += tensor.nbytes
+    names = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
+    return dict(zip(names if len(parts) > 1 else ["model.safetensors"], parts.values()))
+
+
+def grown(weight, rows, generator):
+    """A parameter with `rows` more rows: the mean of the old ones, plus noise of a fiftieth of their spread."""
+    noise = torch.randn(rows, weight.shape[1], generator=generator, device=generator.device if generator else weight.device)
+    new = weight.mean(0, dtype=torch.float32) + 0.02 * weight.std(0).float() * noise.to(weight.device)      # (rows, D)
+    return nn.Parameter(torch.cat([weight, new.to(weight.dtype)]), requires_grad=weight.requires_grad)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole
+
+class Transformer(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            require(not config.codebook_dim, "rows made from a codebook need tied embeddings")
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.apply(self._init)
+
+    def _init(self, layer):
+        if isinstance(layer, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(layer.weight, 0.0, 0.02)
+        if isinstance(layer, nn.Linear) and layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+        if isinstance(layer, (Attention, MLP)):                     # residual branches add up over 2L layers
+            out = layer.o_proj if isinstance(layer, Attention) else layer.down_proj
+            nn.init.normal_(out.weight, 0.0, 0.02 / (2 * self.config.num_hidden_layers) ** 0.5)
+
+    @property
+    def device(self):
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self):
+        return self.model.embed_tokens.weight.dtype
+
+    def head(self, table=None):
+        """The rows that logits are products with (V, D)."""
+        if not self.config.tie_word_embeddings:
+            return train_from(self.lm_head.weight, self.model.first_trained)
+        return self.model.table() if table is None else table
+
+    def logits(self, x, rows=None, table=None):
+        """x (..., D) -> float32 logits (..., V), or of the rows (first, past_last) only."""
+        head = self.head(table)
+        return ChunkedNLL.logits(x, head if rows is None else head[slice(*rows)], self.config.final_logit_softcapping)
+
+    def forward(self, ids, targets=None, positions=None, documents=None, cache=None, z_loss=0.0):
+        """ids (B, T) -> logits (B, T, V); with targets (B, T) -> nll (B, T) float32, 0 where a target is -100.
+
+        positions (B, T) and documents (B, T) describe packed rows (see data.Batch); cache continues what it holds.
+        """
+        table = self.model.table()
+        x = self.model(ids, table, positions, documents, cache)     # (B, T, D)
+        if targets is None:
+            return self.logits(x)
+        learned = targets != -100
+        nll = ChunkedNLL.apply(x[learned], self.head(table), targets[learned], z_loss, self.config.final_logit_softcapping)
+        return torch.zeros(ids.shape, device=ids.device).masked_scatter(learned, nll)
+
+    def flops_per_token(self, context) -> float:
+        """Multiply-adds, times two, of forward and backward for a token that carries loss (PaLM, appendix B)."""
+        c = self.config
+        matrices = sum(p.numel() for p in self.model.layers.parameters() if p.ndim == 2) + c.vocab_size * c.hidden_size
+        return 6 * matrices + 6 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * context
+
+    # Published weights and new rows
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
+        """Open a folder of config.json and safetensors; ValueError, naming file or tensor, for whatever does not fit."""
+        folder = Path(folder)
+        hf = read_json(folder / "config.json")
+        try:
+            config = config_from_hf(hf)
+        except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+            raise ValueError(f"{folder / 'config.json'}: {error}") from None
+        with torch.device("meta"):                                  # shapes alone: the only copy of the weights is the file's
+            model = cls(config)
+        state, wanted = {}, model.state_dict()
+        for path in weight_files(folder):
+            for name, tensor in read_tensors(path, wanted):
+                require(name not in state, f"{path}: tensor {name} is in another file, too")
+                state[name] = tensor.to(device, dtype, copy=True)
+        missing = sorted(wanted.keys() - state.keys())
+        require(not missing, f"{folder}: tensor {''.join(missing[:1])} is missing, and {len(missing) - 1} more")
+        model.load_state_dict(state, assign=True)
+        return model
+
+    @torch.no_grad()
+    def save_pretrained(self, folder, shard=5 * 10 ** 9):
+        """Write config.json and safetensors, in files of about `shard` bytes, for transformers or from_pretrained to open."""
+        folder, library = Path(folder), import_safetensors()
+        texts = {"config.json": config_to_hf(self.config) | {"dtype": str(self.dtype).removeprefix("torch.")}}
+        state = {k: v.contiguous() for k, v in self.state_dict().items() if "image_rows" not in k}
+        state["model.embed_tokens.weight"] = self.model.table().detach().contiguous()
+        parts = split(state, shard)
+        if len(parts) > 1:
+            places = {name: file for file, part in parts.items() for name in part}
+            texts["model.safetensors.index.json"] = {"metadata": {"total_size": sum(t.nbytes for t in state.values())},
+                                                     "weight_map": places}
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, part in parts.items():
+            library.torch.save_file(part, folder / f"{file}.tmp", metadata={"format": "pt"})
+        for file, text in texts.items():
+            (folder / f"{file}.tmp").write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+        for file in (*parts, *texts):
+            os.replace(folder / f"{file}.tmp", folder / file)
+        for old in {*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")}:
+            if old.name not in (*parts, *texts):
+                old.unlink()                                        # of an earlier save in another number of files
+
+    @torch.no_grad()
+    def extend_vocab(self, rows, generator=None):
+        """Append rows to the table, and to an untied head: the mean of the old ones, and noise that tells them apart."""
+        require(not self.config.codebook_dim, "rows made from a codebook are the last: the vocabulary cannot grow behind them")
+        self.config = self.model.config = replace(self.config, vocab_size=self.config.vocab_size + rows)
+        self.model.embed_tokens.weight = grown(self.model.embed_tokens.weight, rows, generator)
+        self.model.embed_tokens.num_embeddings += rows
+        if not self.config.tie_word_embeddings:
+            self.lm_head.weight = grown(self.lm_head.weight, rows, generator)
+            self.lm_head.out_features += rows
+
+    def train_only_rows(self, first):
+        """Freeze everything but the rows from `first` on, of the table and of an untied head.
+
+        The old rows share a parameter with the new ones and get gradients of zero: give them no weight decay.
+        """
+        self.requires_grad_(False)
+        self.model.first_trained = first
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith(("model.embed_tokens", "model.image_rows", "lm_head")))

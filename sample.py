@@ -1,0 +1,452 @@
+"""From a checkpoint to pictures, captions, answers and text.
+
+    python sample.py t2i "a small red star at the top left on a navy background" --run runs/demo --out star.png
+    python sample.py t2i --prompts prompts.txt --save-dir drawn --run runs/demo     # one picture a line
+    python sample.py i2t picture.png --run runs/demo
+    python sample.py vqa picture.png "how many shapes are there?" --run runs/demo
+    python sample.py text "A yield expression" --run runs/demo
+    python sample.py eval --run runs/demo                                           # a table, and one JSON line last
+    python sample.py export FOLDER --run runs/demo                                  # a Hugging Face folder
+
+B rows   T positions   V rows of the table that may be chosen   D hidden size   n tokens to sample
+"""
+
+import argparse
+import json
+import math
+import shutil
+import sys
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+from model import Cache, ModelConfig, Transformer
+from vqgan import VQGAN
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choosing tokens
+
+def guide(logits, scale):
+    """Classifier-free guidance: logits (2B, V) of prompts, then of their negatives -> (B, V)."""
+    conditional, unconditional = logits.chunk(2)
+    return unconditional + scale * (conditional - unconditional)
+
+
+def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generators=(None,)):
+    """logits (B, V) -> choices (B,) among the top_k most likely that together first reach top_p; temperature 0 is greedy.
+
+    generators: one for all rows, or one for each, which makes a row's choices independent of its batch.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    probs = logits.softmax(-1)
+    if top_p < 1:
+        ordered, order = probs.sort(-1, descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0          # what stands before it already reaches top_p
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered)
+    # argmax(p / Exponential(1)) is a draw from p (Gumbel's trick), without the sync that multinomial needs
+    rows = len(probs) // len(generators)
+    noise = torch.cat([torch.empty_like(probs[:rows]).exponential_(generator=g) for g in generators])
+    return (probs / noise).argmax(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The one decode loop
+
+def prefill(model, table, prompts, room):
+    """Read prompts (lists of ids of any lengths), equal ones once -> a cache with room for more, and x (B, D) of each last id."""
+    unique = list(dict.fromkeys(map(tuple, prompts)))
+    longest = max(map(len, unique))
+    ids = torch.tensor([(0,) * (longest - len(p)) + p for p in unique], device=model.device)    # padded on the left
+    padding = torch.tensor([longest - len(p) for p in unique], device=model.device)
+    cache = Cache(model.config, len(unique), longest, model.device, model.dtype, padding)
+    x = model.model(ids, table, cache=cache)[:, -1]                 # (unique, D)
+    rows = torch.tensor([unique.index(tuple(p)) for p in prompts], device=model.device)
+    return cache.select(rows, longest + room), x[rows]
+
+
+def decode_one(model, table, ids, cache):
+    """The next ids (B,) -> x (B, D)."""
+    return model.model(ids[:, None], table, cache=cache)[:, -1]
+
+
+@torch.inference_mode()
+def generate(model, prompts, n, allowed=None, negatives=None, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0, stop=None,
+             generator=None):
+    """Continue each prompt by n tokens -> ids (B, n); after a token of `stop`, a row repeats it.
+
+    prompts    lists of ids, of any lengths
+    allowed    (first, past_last) rows of the table to choose from; None: all
+    negatives  prompts that guidance leads away from, one for each prompt
+    stop       ids that end a row
+    generator  a torch.Generator on the model's device, or a list of one for each prompt
+    """
+    first, past_last = allowed or (0, model.config.vocab_size)
+    if not 0 <= first < past_last <= model.config.vocab_size:
+        raise ValueError(f"rows {first}..{past_last - 1} are not within the model's {model.config.vocab_size}")
+    if negatives is not None and len(negatives) != len(prompts):
+        raise ValueError(f"{len(negatives)} negatives for {len(prompts)} prompts")
+    guided = negatives is not None and guidance != 1
+    table = model.model.table()
+    cache, x = prefill(model, table, list(prompts) + list(negatives) if guided else list(prompts), n - 1)
+    generators = generator if isinstance(generator, list) else [generator]
+    stops = torch.tensor(sorted(stop or ()), device=model.device, dtype=torch.long)
+    out = torch.empty(len(prompts), n, dtype=torch.long, device=model.device)
+    for i in range(n):
+        logits = model.logits(x, (first, past_last), table)         # (B or 2B, V)
+        ids = first + choose(guide(logits, guidance) if guided else logits, temperature, top_k, top_p, generators)
+        if len(stops) and i:
+            ids = torch.where(ended, out[:, i - 1], ids)
+        out[:, i] = ids
+        if len(stops):
+            ended = torch.isin(ids, stops)
+            if ended.all():
+                out[:, i:] = ids[:, None]
+                break
+        if i + 1 < n:
+            x = decode_one(model, table, torch.cat([ids, ids]) if guided else ids, cache)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A trained run
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; text is greedy unless it is asked otherwise."""
+    guidance: float = 3.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    batch: int = 64
+
+
+@dataclass
+class Run:
+    """Everything needed to sample."""
+    model: Transformer
+    vqgan: VQGAN
+    vocab: data.Vocab
+    tokenizer: object
+    grid: tuple[int, int]           # codes of a picture: rows, columns
+    pad: bool                       # the aspect policy: pad to a square, or crop
+    config: dict                    # what train.py was called with
+    sampling: Sampling = Sampling()
+
+    @property
+    def device(self):
+        return self.model.device
+
+
+def device_of(name="auto"):
+    """cuda, else mps, else cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device(name)
+
+
+LIQUID = Sampling(guidance=7.0, temperature=0.99, top_k=4096, top_p=0.96)     # the official inference_t2i.py
+
+
+def load(run, vqgan=None, device="auto", dtype=torch.float32) -> Run:
+    """Read a run folder, or a Hugging Face folder that `export` wrote or that Liquid published (with its VQGAN).
+
+    Raises ValueError, naming the file, when something is missing or does not fit.
+    """
+    folder, device = Path(run), device_of(device)
+    vqgan_path = vqgan or folder / "vqgan.pt"
+    if (folder / "model.pt").exists() or not (folder / "model.safetensors.index.json").exists() | (folder / "model.safetensors").exists():
+        layout = read_checkpoint(folder / "model.pt")
+        model = Transformer(ModelConfig(**layout["model_config"]))
+        model.load_state_dict(layout["model"])
+        tokenizer, model = data.load_tokenizer(layout["tokenizer"]), model.to(device, dtype)
+    else:
+        model = Transformer.from_pretrained(folder, dtype, device)
+        layout = json.loads(data.read_utf8(folder / LAYOUT)) if (folder / LAYOUT).exists() else {}
+        tokenizer = data.load_tokenizer(layout["tokenizer"]) if layout else data.PretrainedTokenizer.load(folder)
+    pixels = VQGAN.load(vqgan_path, device)
+    if not layout:          # as published: the image rows are the last ones, pictures are squares of 512 pixels
+        hf_config = json.loads(data.read_utf8(folder / "config.json"))
+        vocab = tokenizer.vocab(pixels.config.n_embed, hf_config, hf_config["vocab_size"] - pixels.config.n_embed)
+        side = 512 // pixels.config.f
+        return Run(model.eval(), pixels, vocab, tokenizer, (side, side), True, {}, LIQUID)
+    if layout["fingerprint"] != pixels.fingerprint():
+        raise ValueError(f"{vqgan_path}: not the VQGAN whose codes the model in {folder} was trained on")
+    return Run(model.eval(), pixels, data.Vocab(**layout["vocab"]), tokenizer, tuple(layout["grid"]), layout["config"]["pad"],
+               layout["config"], LIQUID if layout["config"].get("init") else Sampling())
+
+
+LAYOUT = "nanoliquid.json"
+
+
+def export(run, folder, source=None):
+    """Write a folder that transformers, vLLM and lm-eval open, and that `--run` takes: weights, tokenizers, layout.
+
+    source: the Hugging Face folder that training began with, whose tokenizer files are carried along.
+    """
+    folder = Path(folder)
+    run.model.save_pretrained(folder)
+    for pattern in ("tokenizer*", "special_tokens_map.json", "generation_config.json", "chat_template*", "vocab.json", "merges.txt"):
+        for file in Path(source).glob(pattern) if source else ():
+            shutil.copy(file, folder / file.name)
+    torch.save({"config": asdict(run.vqgan.config), "model": run.vqgan.state_dict()}, folder / "vqgan.pt")
+    layout = dict(vocab=asdict(run.vocab), tokenizer=run.tokenizer.state(), grid=run.grid, config=run.config,
+                  fingerprint=run.vqgan.fingerprint())
+    (folder / LAYOUT).write_text(json.dumps(layout))
+
+
+def read_checkpoint(path) -> dict:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; `python train.py --out {Path(path).parent}` makes it") from None
+    except Exception as error:      # torch raises whatever its unpickler or zip reader stumbles over
+        raise ValueError(f"{path}: not a checkpoint of plain tensors ({str(error).splitlines()[0]})") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "nanoLiquid model 1":
+        raise ValueError(f"{path}: not a model of this project")
+    return checkpoint
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The four tasks
+
+def batches(items, size):
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
+
+def generators(run, sampling, numbers):
+    """One generator for each numbered item, so that item i comes out the same in any batch."""
+    return [torch.Generator(run.device).manual_seed((sampling.seed << 32) + i) for i in numbers]
+
+
+def text_to_image(run, prompts, sampling=None, numbers=None):
+    """Draw each prompt -> list of images; numbers (default 0, 1, ...) seed each of them apart, whatever their batch."""
+    s, (h, w), images = sampling or run.sampling, run.grid, []
+    numbers = range(len(prompts)) if numbers is None else numbers
+    negative = data.render_t2i(run.vocab, run.tokenizer, None)[0]
+    for part in batches(list(zip(prompts, numbers)), s.batch):
+        ids = generate(run.model, [data.render_t2i(run.vocab, run.tokenizer, p)[0] for p, _ in part], h * w, run.vocab.image_rows,
+                       [negative] * len(part), s.guidance, s.temperature, s.top_k, s.top_p,
+                       generator=generators(run, s, [i for _, i in part]))
+        images += map(data.to_image, run.vqgan.decode(run.vocab.ids_to_codes(ids).view(-1, h, w)))
+    return images
+
+
+def encode(run, images):
+    """Images of any size -> codes (B, h, w)."""
+    size = run.grid[0] * run.vqgan.config.f
+    return run.vqgan.encode(torch.cat([data.to_pixels(data.fit(image, size, run.pad)) for image in images]).to(run.device))
+
+
+def write(run, prompts, n, sampling=None):
+    """Continue prompts (lists of ids) with up to n tokens of text -> strings."""
+    s, texts = sampling or replace(run.sampling, temperature=0.0), []
+    stop = {run.vocab.eos, *run.tokenizer.stops}
+    for part in batches(prompts, s.batch):
+        ids = generate(run.model, part, n, run.vocab.text_rows, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, stop=stop,
+                       generator=generators(run, s, range(len(texts), len(texts) + len(part))))
+        for row in ids.tolist():
+            end = next((i for i, token in enumerate(row) if token in stop), n)
+            texts.append(run.tokenizer.decode(row[:end]))
+    return texts
+
+
+def caption(run, images, sampling=None, n=80):
+    """Images -> captions."""
+    return write(run, [data.render_i2t(run.vocab, run.tokenizer, codes)[0] for codes in encode(run, images)], n, sampling)
+
+
+def answer(run, images, questions, sampling=None, n=40):
+    """Images and a question about each -> answers."""
+    prompts = [data.render_vqa(run.vocab, run.tokenizer, codes, [(question, None)])[0]
+               for codes, question in zip(encode(run, images), questions, strict=True)]
+    return [text.strip() for text in write(run, prompts, n, sampling)]
+
+
+def complete(run, texts, sampling=None, n=60):
+    """Beginnings -> the text that follows each."""
+    return write(run, [data.render_text(run.vocab, run.tokenizer, text, ended=False)[0] for text in texts], n, sampling)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+@torch.inference_mode()
+def losses(model, examples, batch=32):
+    """examples, a list of (ids, targets) of any lengths -> summed nll of each, and the number of targets of each."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
+    sums, counts = torch.zeros(len(examples)), torch.zeros(len(examples))
+    for part in batches(order, batch):
+        longest = len(examples[part[-1]][0])
+        ids, targets = (torch.tensor([list(examples[i][k]) + [fill] * (longest - len(examples[i][k])) for i in part],
+                                     device=model.device) for k, fill in ((0, 0), (1, data.IGNORE)))
+        sums[part] = model(ids, targets=targets).sum(1).cpu()       # what is padded on the right is seen by nobody
+        counts[part] = (targets != data.IGNORE).sum(1).float().cpu()
+    return sums, counts
+
+
+def score_drawings(images, wanted):
+    """Drawn images against scenes -> (share drawn exactly, share of the wanted objects found)."""
+    drawn = [data.grade(image) for image in images]
+    objects = [o in scene.objects for scene, want in zip(drawn, wanted) for o in want.objects]
+    return mean(a == b for a, b in zip(drawn, wanted)), mean(objects)
+
+
+def mean(values):
+    values = [float(v) for v in values]
+    return sum(values) / len(values) if values else None
+
+
+def score_reconstructions(run, pictures):
+    """-> images, mean PSNR in dB (over [0, 1]), number of codes used"""
+    images, psnrs, used = [], [], set()
+    for part in batches(pictures, 64):
+        size = run.grid[0] * run.vqgan.config.f
+        pixels = torch.cat([data.to_pixels(data.fit(p.open(), size, run.pad)) for p in part]).to(run.device)
+        codes = run.vqgan.encode(pixels)
+        decoded = run.vqgan.decode(codes)
+        psnrs += (-10 * ((decoded - pixels) / 2).square().mean((1, 2, 3)).clamp(min=1e-10).log10()).tolist()
+        images += map(data.to_image, decoded)
+        used |= set(codes.flatten().tolist())
+    return images, mean(psnrs), len(used)
+
+
+def bits_per_byte(run, texts, seen):
+    """Bits that the model needs for a byte of each text, its end included, and those of byte frequencies counted in `seen`."""
+    sums, _ = losses(run.model, [data.render_text(run.vocab, run.tokenizer, text) for text in texts])
+    size = sum(len(text.encode()) for text in texts)
+    counts = Counter(byte for text in seen for byte in text.encode())
+    total = sum(counts.values()) + 256
+    unigram = -sum(math.log2((counts[byte] + 1) / total) for text in texts for byte in text.encode())
+    return float(sums.sum()) / math.log(2) / size, unigram / size
+
+
+def score_answers(run, split, train, limit):
+    """Exact answers to one question about each picture, and those of always giving a question's most common answer."""
+    common = defaultdict(Counter)
+    for p in train:
+        for talk in p.talks:
+            common[talk[0][0]][talk[0][1]] += 1
+            common[None][talk[0][1]] += 1
+    asked = [(p, *p.talks[i % len(p.talks)][0]) for i, p in enumerate(split) if p.talks][:limit]
+    if not asked:
+        return None, None
+    said = []
+    for part in batches(asked, 64):
+        said += answer(run, [p.open() for p, _, _ in part], [q for _, q, _ in part])
+    guesses = [(common.get(q) or common[None] or Counter({"": 1})).most_common(1)[0][0] for _, q, _ in asked]
+    return mean(s == a for s, (_, _, a) in zip(said, asked)), mean(g == a for g, (_, _, a) in zip(guesses, asked))
+
+
+def evaluate(run, splits, n=200, sampling=None) -> dict:
+    """All scores of a run on pictures and texts that it never trained on; what a source cannot tell is None."""
+    val, train = splits["val"], splits["train"]
+    pictures = [p for p in val.pictures if p.open][:n]
+    images, psnr, used = score_reconstructions(run, pictures)
+    scenic = "unseen" in splits
+    scores = {"n": len(pictures), "reconstruction_psnr": psnr, "codes_used": used}
+    truth = [data.grade(p.open()) for p in pictures] if scenic else []
+    scores["reconstruction_exact"] = mean(data.grade(i) == t for i, t in zip(images, truth))
+    prompts = [p.captions[0] for p in pictures if p.captions]
+    scores["t2i_exact"], scores["t2i_objects"] = score_drawings(text_to_image(run, prompts, sampling), truth) if scenic else (None, None)
+    captions = caption(run, [p.open() for p in pictures if p.captions])
+    scores["caption_exact"] = mean(data.read_description(c) == t for c, t in zip(captions, truth)) if scenic else \
+        mean(c in p.captions for c, p in zip(captions, [p for p in pictures if p.captions]))
+    scores["vqa"], scores["vqa_majority"] = score_answers(run, pictures, train.pictures, n)
+    scores["text_bits_per_byte"], scores["text_bits_per_byte_unigram"] = bits_per_byte(run, val.texts, train.texts) if val.texts else (None, None)
+    for name in ("t2i_unseen_combinations", "caption_unseen_combinations", "reconstruction_unseen_combinations"):
+        scores[name] = None
+    if scenic:
+        unseen = splits["unseen"].pictures[:n]
+        truth = [data.grade(p.open()) for p in unseen]
+        scores["t2i_unseen_combinations"], _ = score_drawings(text_to_image(run, [p.captions[0] for p in unseen], sampling), truth)
+        scores["caption_unseen_combinations"] = mean(data.read_description(c) == t for c, t in zip(caption(run, [p.open() for p in unseen]), truth))
+        scores["reconstruction_unseen_combinations"] = mean(data.grade(i) == t for i, t in zip(score_reconstructions(run, unseen)[0], truth))
+    return scores
+
+
+def print_scores(scores):
+    for name, value in sorted(scores.items()):
+        print(f"{name:<38} {'-' if value is None else value if isinstance(value, int) else format(value, '.3f')}")
+    print(json.dumps({name: round(value, 4) if isinstance(value, float) else value for name, value in scores.items()}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+def draw_command(run, args, sampling):
+    prompts = [line for line in data.read_utf8(args.prompts).splitlines() if line.strip()] if args.prompts else [args.prompt]
+    if prompts == [None]:
+        raise ValueError("t2i needs a prompt, or --prompts FILE")
+    if not args.prompts:
+        text_to_image(run, prompts, sampling)[0].save(args.out)
+        return print(args.out)
+    folder = Path(args.save_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [i for i in range(len(prompts)) if not (folder / f"{i:05d}.png").exists()]
+    for part in tqdm(batches(missing, sampling.batch), desc="draw"):
+        for i, image in zip(part, text_to_image(run, [prompts[i] for i in part], sampling, part)):
+            image.save(folder / f"{i:05d}.png")
+    print(f"{len(missing)} pictures drawn, {len(prompts) - len(missing)} were there: {folder}")
+
+
+def parser():
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(dest="command", required=True)
+    for name, positional in (("t2i", ["prompt"]), ("i2t", ["picture"]), ("vqa", ["picture", "question"]), ("text", ["beginning"]), ("eval", []),
+                             ("export", ["folder"])):
+        p = commands.add_parser(name)
+        for argument in positional:
+            p.add_argument(argument, nargs="?" if name == "t2i" else None)
+        p.add_argument("--run", default="runs/demo", help="a run folder")
+        p.add_argument("--vqgan", help="another VQGAN than the run's own")
+        p.add_argument("--device", default="auto")
+        p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the transformer's weights")
+        p.add_argument("--n", type=int, default=200 if name == "eval" else 80, help="examples to score, or tokens to write")
+        for key, default in vars(Sampling()).items():
+            p.add_argument(f"--{key.replace('_', '-')}", f"--{key}", type=type(default), help=f"default: the run's, {default} here")
+        if name == "t2i":
+            p.add_argument("--out", default="out.png")
+            p.add_argument("--prompts", metavar="FILE", help="one prompt a line")
+            p.add_argument("--save-dir", "--save_dir", default="drawn", metavar="DIR")
+    return top
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    try:
+        run = load(args.run, args.vqgan, args.device, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype])
+        given = {k: getattr(args, k) for k in vars(run.sampling) if getattr(args, k) is not None}
+        sampling = replace(run.sampling, **given)
+        words = replace(sampling, temperature=given.get("temperature", 0.0))    # text is greedy by default
+        if args.command == "t2i":
+            draw_command(run, args, sampling)
+        elif args.command == "i2t":
+            print(caption(run, [data.load_image(args.picture)], words, args.n)[0])
+        elif args.command == "vqa":
+            print(answer(run, [data.load_image(args.picture)], [args.question], words, args.n)[0])
+        elif args.command == "text":
+            print(args.beginning + complete(run, [args.beginning], words, args.n)[0])
+        elif args.command == "export":
+            export(run, args.folder, run.config.get("init"))
+            print(args.folder)
+        else:
+            c = run.config
+            if not c:
+                raise ValueError(f"--run {args.run}: eval needs a run of train.py, which knows its data")
+            splits = data.load_source(c["data"], c["text"], c["seed"], run.grid[0] * run.vqgan.config.f)
+            print_scores(evaluate(run, splits, args.n, sampling))
+    except (ValueError, OSError) as error:
+        sys.exit(f"sample.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The decode loop, the choice of tokens, and the tasks, on tiny random models."""
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import sample
+from model import ModelConfig, Transformer
+from vqgan import VQGAN, VQGANConfig
+
+
+def tiny(seed=0, **options):
+    torch.manual_seed(seed)
+    model = Transformer(ModelConfig(vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                    num_key_value_heads=2, head_dim=8, **options)).eval()
+    for p in model.parameters():
+        p.data += 0.3 * torch.randn_like(p)     # far from the uniform start, so that mistakes change the argmax
+    return model
+
+
+PROMPTS = [[1, 5, 9], [2], [7, 7, 7, 8, 3, 4], [1, 5, 9]]
+
+
+def slowly(model, prompt, n, rows, negative=None, guidance=1.0):
+    """Greedy continuation without cache, batch or padding."""
+    ids, other = list(prompt), list(negative or [])
+    for _ in range(n):
+        logits = model(torch.tensor([ids]))[0, -1, slice(*rows)]
+        if negative is not None:
+            u = model(torch.tensor([other]))[0, -1, slice(*rows)]
+            logits = u + guidance * (logits - u)
+        ids.append(rows[0] + int(logits.argmax()))
+        other.append(ids[-1])
+    return ids[len(prompt):]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, dict(sliding_window=3, layer_types=["sliding_attention", "full_attention"]),
+                                     dict(codebook_dim=4, codebook_size=20)])
+def test_cached_padded_batch_equals_each_prompt_alone_without_cache(options):
+    model = tiny(**options)
+    out = sample.generate(model, PROMPTS, 7, (10, 50), temperature=0)
+    assert out.tolist() == [slowly(model, p, 7, (10, 50)) for p in PROMPTS]
+
+
+@torch.no_grad()
+def test_guidance_in_one_batch_equals_two_separate_passes():
+    """Prompts and their negatives differ in length: a wrong padding or a wrong pairing shows here."""
+    model, negatives = tiny(), [[3], [3, 4, 5, 6], [3], [2]]
+    out = sample.generate(model, PROMPTS, 6, (10, 50), negatives, guidance=3.0, temperature=0)
+    assert out.tolist() == [slowly(model, p, 6, (10, 50), q, 3.0) for p, q in zip(PROMPTS, negatives)]
+
+
+def test_guidance_of_one_is_unguided():
+    model = tiny()
+    args = (model, PROMPTS, 5, (10, 50))
+    assert torch.equal(sample.generate(*args, [[3]] * 4, guidance=1.0, temperature=0), sample.generate(*args, temperature=0))
+
+
+def test_only_allowed_rows_are_chosen_and_bad_ranges_are_errors():
+    out = sample.generate(tiny(), PROMPTS, 50, (20, 24), temperature=3.0, generator=torch.Generator().manual_seed(0))
+    assert set(out.flatten().tolist()) == {20, 21, 22, 23}
+    with pytest.raises(ValueError, match="not within"):
+        sample.generate(tiny(), PROMPTS, 1, (20, 61))
+
+
+def test_a_row_repeats_its_stop_token_and_the_others_go_on():
+    model = tiny()
+    free = sample.generate(model, PROMPTS, 8, temperature=0)
+    stop = int(free[0, 2])
+    out = sample.generate(model, PROMPTS, 8, temperature=0, stop={stop})
+    for row, want in zip(out.tolist(), free.tolist()):
+        end = want.index(stop) if stop in want else 8
+        assert row == want[:end] + [stop] * (8 - end)
+
+
+def test_rows_of_one_prompt_differ_from_their_first_token_on():
+    """A draw that is broadcast over the batch would make all rows equal."""
+    out = sample.generate(tiny(), [[1, 2]] * 64, 2, generator=torch.Generator().manual_seed(0))
+    assert len(set(out[:, 0].tolist())) > 5
+
+
+def test_same_seed_same_draw_in_any_batch():
+    def draw(prompts, seeds):
+        return sample.generate(tiny(), prompts, 6, generator=[torch.Generator().manual_seed(s) for s in seeds]).tolist()
+    both = draw([[1, 2], [3, 4, 5]], [7, 8])
+    assert both == draw([[1, 2], [3, 4, 5]], [7, 8]) and both[1:] == draw([[3, 4, 5]], [8])
+
+
+def test_top_k_and_top_p_keep_what_they_say_and_draw_in_proportion():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(20_000, 4)
+    def shares(**options):
+        chosen = sample.choose(logits, generators=[torch.Generator().manual_seed(0)], **options)
+        return chosen.bincount(minlength=4) / len(chosen)
+    assert torch.allclose(shares(), logits[0].exp(), atol=0.02)
+    assert torch.allclose(shares(top_k=2), torch.tensor([0.625, 0.375, 0, 0]), atol=0.02)
+    assert torch.allclose(shares(top_p=0.6), torch.tensor([0.625, 0.375, 0, 0]), atol=0.02)
+    assert torch.allclose(shares(top_p=0.4), torch.tensor([1.0, 0, 0, 0]))
+    assert torch.equal(sample.choose(logits, temperature=0), torch.zeros(20_000, dtype=torch.long))
+
+
+@pytest.fixture(scope="module")
+def run():
+    torch.manual_seed(0)
+    vqgan = VQGAN(VQGANConfig(ch=32, ch_mult=(1,), num_res_blocks=1, z_channels=8, n_embed=16, embed_dim=4, l2_norm=True, patch=8)).eval()
+    tokenizer = data.WordTokenizer.learn(["a red circle " * 3, data.DRAW * 3, data.CAPTION * 3])
+    vocab = tokenizer.vocab(16)
+    model = Transformer(ModelConfig(vocab_size=vocab.size, hidden_size=32, intermediate_size=64, num_hidden_layers=1)).eval()
+    return sample.Run(model, vqgan, vocab, tokenizer, (2, 2), False, {})
+
+
+def test_the_four_tasks_return_one_result_each(run):
+    images = sample.text_to_image(run, ["a red circle", "x"], sample.Sampling(seed=3))
+    assert [i.size for i in images] == [(16, 16)] * 2
+    again = sample.text_to_image(run, ["x"], sample.Sampling(seed=3, batch=1), numbers=[1])[0]
+    assert again.tobytes() == images[1].tobytes()       # the same seed and number draw the same picture in another batch
+    pictures = [Image.new("RGB", (40, 30), "red"), Image.new("RGB", (8, 8))]
+    assert len(sample.caption(run, pictures, n=4)) == len(sample.answer(run, pictures, ["what?", "how many?"], n=4)) == 2
+    assert len(sample.complete(run, ["a red", "", "Grüße"], n=4)) == 3
+
+
+def test_losses_do_not_depend_on_what_they_are_batched_with(run):
+    examples = [data.render_text(run.vocab, run.tokenizer, text) for text in ("a", "a red circle and more", "red")]
+    sums, counts = sample.losses(run.model, examples)
+    for example, total, count in zip(examples, sums, counts):
+        alone, n = sample.losses(run.model, [example])
+        assert torch.allclose(alone[0], total, atol=1e-4) and n == count
+
+
+def test_scores_see_what_is_wrong():
+    wanted = [data.grade(p.open()) for p in data.scenes(20, 0, "x")]
+    images = [data.draw(s) for s in wanted]
+    assert sample.score_drawings(images, wanted) == (1.0, 1.0)
+    images[0] = data.draw(wanted[0]._replace(background="navy" if wanted[0].background != "navy" else "pink"))
+    assert sample.score_drawings(images, wanted) == (0.95, 1.0)
+    images[1] = data.draw(data.Scene(wanted[1].background, ()))
+    exact, objects = sample.score_drawings(images, wanted)
+    assert exact == 0.9 and objects < 1
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["t2i", "x", "--run", "nowhere"], "nowhere/model.pt"), (["i2t", "nothing.png", "--run", "nowhere"], "nowhere/model.pt")])
+def test_missing_files_end_in_one_sentence(argv, words):
+    with pytest.raises(SystemExit, match=words):
+        sample.main(argv)

@@ -1,0 +1,215 @@
+"""The three acts on settings so small that they take seconds, and the whole story once in the slow suite."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import sample
+import train
+from model import ModelConfig, Transformer
+
+ROOT = Path(__file__).parent.parent
+TINY = dict(vq_steps=6, vq_batch=4, vq_restart_every=2, ch=32, ch_mult=(1,), patch=16, res_blocks=1, z_channels=8, codes=16, steps=6,
+            rows=4, hidden_size=32, layers=1, heads=2, words=64, save_every=3, eval_every=6, log_every=1, eval_n=2, device="cpu")
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Built-in scenes, but few of them."""
+    full = data.built_in
+    monkeypatch.setattr(data, "built_in", lambda seed, side=64: shortened(full(seed, side, train=40, val=4, unseen=2)))
+
+
+def shortened(splits):
+    return {name: split._replace(texts=split.texts[::40]) for name, split in splits.items()}
+
+
+def weights(run, name="model.pt"):
+    return torch.load(Path(run) / name, weights_only=True)["model"]
+
+
+def test_all_acts_fill_the_run_folder_with_what_the_readme_promises(few, tmp_path):
+    scores = train.train(train.Config(out=str(tmp_path), **TINY))
+    checkpoint = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert {"model", "optimizer", "step", "config", "model_config", "vocab", "tokenizer", "data", "random_state"} <= set(checkpoint)
+    assert torch.load(tmp_path / "vqgan.pt", weights_only=True)["step"] == 6
+    assert (tmp_path / "samples" / "reconstructions.png").exists() and (tmp_path / "samples" / "drawn-000006.png").exists()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert {line["act"] for line in lines} == {1, 3} and lines[-1]["scores"] == scores
+    wanted = "t2i_exact t2i_objects t2i_unseen_combinations caption_exact vqa text_bits_per_byte reconstruction_exact reconstruction_psnr codes_used n"
+    assert set(wanted.split()) <= set(scores)
+    again = sample.evaluate(sample.load(tmp_path, device="cpu"), data.built_in(0), 2)
+    assert again == scores      # a run folder alone is enough to score it again
+
+
+def test_same_seed_same_weights_and_another_seed_others(few, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train.train(train.Config(out=str(tmp_path / name), **{**TINY, "seed": seed, "eval_n": 0}))
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert any(a[k].shape != c[k].shape or not torch.equal(a[k], c[k]) for k in a)
+
+
+@pytest.mark.parametrize("act", [1, 3])
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(few, tmp_path, monkeypatch, act):
+    """Lost optimizer state, a replayed or skipped batch, or a log with lines twice."""
+    cfg = dict(TINY, eval_n=0)
+    train.train(train.Config(out=str(tmp_path / "whole"), **cfg))
+    save, calls = data.save_atomically, []
+
+    def dies(value, path):
+        save(value, path)
+        calls.append(path)
+        if Path(path).name == {1: "vqgan.pt", 3: "model.pt"}[act] and value["step"] == 3:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(data, "save_atomically", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(train.Config(out=str(tmp_path / "cut"), **cfg))
+    monkeypatch.setattr(data, "save_atomically", save)
+    train.train(train.Config(out=str(tmp_path / "cut"), **cfg, resume=True))
+    for name in ("vqgan.pt", "model.pt"):
+        a, b = weights(tmp_path / "whole", name), weights(tmp_path / "cut", name)
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    steps = [[(x["act"], x["step"], x.get("loss")) for x in map(json.loads, (tmp_path / n / "log.jsonl").read_text().splitlines())]
+             for n in ("whole", "cut")]
+    assert steps[0] == steps[1]
+
+
+def batch_of(vocab, tokenizer, world=1, rank=0, rows=4):
+    texts = ["a " * n for n in range(1, 30)]
+    return data.Loader({"text": texts}, {"text": 1}, vocab, tokenizer, rows, 64, rank=rank, world=world).batch()
+
+
+def gradients(model, parts, total):
+    model.zero_grad()
+    for b in parts:
+        (model(b.ids, b.targets, b.positions, b.documents).sum() / total).backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def test_gradients_of_parts_add_up_to_those_of_the_whole_batch():
+    """A mean of means weighs the targets of a short caption more than those of a drawing."""
+    tokenizer = data.WordTokenizer(["a", " a"])
+    vocab = tokenizer.vocab(8)
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(vocab_size=vocab.size, hidden_size=32, num_hidden_layers=1))
+    whole = batch_of(vocab, tokenizer)
+    total = (whole.targets != data.IGNORE).sum()
+    rows = [data.Batch(*parts) for parts in zip(*(x.chunk(4) for x in whole))]
+    ranks = [batch_of(vocab, tokenizer, 2, rank) for rank in range(2)]
+    reference = gradients(model, [whole], total)
+    for parts in (rows, ranks):
+        for a, b in zip(reference, gradients(model, parts, total)):
+            assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_one_batch_can_be_learned_by_heart():
+    tokenizer = data.WordTokenizer([])
+    vocab = tokenizer.vocab(32)
+    torch.manual_seed(0)
+    codes = torch.randint(0, 32, (4, 2, 2))
+    pictures = [data.Picture(str(i), None, [f"{i}"], [[("what?", f"{i * i}")]], c) for i, c in enumerate(codes)]
+    tasks = {"t2i": pictures, "i2t": pictures, "vqa": pictures, "text": ["hello", "world"]}
+    batch = data.Loader(tasks, dict.fromkeys(tasks, 1), vocab, tokenizer, 4, 160, uncond=0.0).batch()
+    model = Transformer(ModelConfig(vocab_size=vocab.size, hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16))
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    optimizers = train.make_optimizers(matrices, model.parameters(), 0.02, 1e-2)
+    count = (batch.targets != data.IGNORE).sum()
+    for _ in range(60):
+        loss = model(batch.ids, batch.targets, batch.positions, batch.documents).sum() / count
+        loss.backward()
+        train.step_all(optimizers)
+    assert loss < 0.35      # what is left is the choice among pictures, texts and digits that no prefix tells
+
+
+def test_every_parameter_has_one_optimizer_and_muon_takes_matrices_only():
+    model = Transformer(ModelConfig(codebook_dim=4, codebook_size=16))
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    optimizers = train.make_optimizers(matrices, model.parameters(), 0.02, 1e-3)
+    held = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert len(held) == len(set(held)) and set(held) == set(model.parameters())
+
+
+def test_orthogonalize_leaves_singular_values_near_one():
+    for shape in ((20, 50), (50, 20), (30, 30)):
+        values = torch.linalg.svdvals(train.orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+        assert values.min() > 0.3 and values.max() < 1.3
+
+
+def test_schedule_rises_stays_and_falls_to_zero():
+    rates = [train.schedule(step, 100, 0.1, 0.5) for step in range(101)]
+    assert rates[0] == 0.1 and rates[9] == rates[50] == 1 and rates[100] == 0 and rates[50:] == sorted(rates[50:], reverse=True)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--data", "nowhere"], "nowhere: no such file or folder"),
+    (["--mix", "t2i=x"], "--mix t2i=x"),
+    (["--text", "nowhere.txt"], "nowhere.txt: no such file")])
+def test_a_users_errors_end_in_one_sentence(argv, words, tmp_path, few):
+    with pytest.raises(SystemExit, match=re.escape(words)):
+        train.main(argv + ["--out", str(tmp_path / "run"), *tiny_flags()])
+
+
+def tiny_flags():
+    return [x for k, v in TINY.items() for x in (f"--{k}", ",".join(map(str, v)) if isinstance(v, tuple) else str(v))]
+
+
+def test_a_run_is_not_overwritten_and_resume_refuses_other_flags(tmp_path, few):
+    out = ["--out", str(tmp_path / "run")]
+    train.main(out + tiny_flags())
+    with pytest.raises(SystemExit, match="--overwrite"):
+        train.main(out + tiny_flags())
+    with pytest.raises(SystemExit, match="--hidden_size"):
+        train.main(out + ["--resume", "--hidden_size", "64"])
+    before = weights(tmp_path / "run")
+    train.main(out + ["--resume", "--eval_n", "0"])       # all acts are done: nothing changes
+    assert all(torch.equal(v, before[k]) for k, v in weights(tmp_path / "run").items())
+
+
+def test_unknown_flags_are_errors():
+    with pytest.raises(SystemExit):
+        train.configure(["--hiden_size", "64"])
+
+
+def test_own_pictures_train_and_bad_ones_are_named(tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, p in enumerate(data.scenes(8, 0, "own")):
+        p.open().resize((50 + i, 40)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(p.captions[0])
+    (folder / "broken.png").write_bytes(b"\x89PNG nothing")
+    scores = train.train(train.Config(out=str(tmp_path / "run"), data=str(folder), mix="t2i=1,i2t=1", **{**TINY, "workers": 0}))
+    assert scores["t2i_exact"] is None and scores["reconstruction_psnr"] > 0
+    assert "broken.png" in capsys.readouterr().out and "broken.png" in (tmp_path / "run" / "log.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_loss_curve_of_one(tmp_path):
+    """Ranks that repeat each other's examples, or a mean of means."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i, p in enumerate(data.scenes(24, 0, "own")):
+        p.open().save(pictures / f"{i}.png")
+        (pictures / f"{i}.txt").write_text(p.captions[0])
+    flags = [*tiny_flags(), "--data", str(pictures), "--mix", "t2i=1,i2t=1", "--workers", "0", "--eval_n", "0"]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    for name, launch in (("one", [sys.executable]), ("two", [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"])):
+        subprocess.run([*launch, str(ROOT / "train.py"), "--out", str(tmp_path / name), *flags], check=True, env=env, timeout=300)
+    one, two = ([json.loads(x) for x in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two"))
+    losses = [[x["loss"] for x in lines if x["act"] == 3 and "loss" in x] for lines in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_the_whole_story(tmp_path):
+    """The README's first command, shortened to about two minutes, learns to draw, caption and answer far above chance."""
+    train.main(["--out", str(tmp_path), "--vq_steps", "300", "--steps", "250", "--eval_n", "50"])
+    scores = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["scores"]
+    assert scores["reconstruction_exact"] > 0.3 and scores["t2i_objects"] > 0.3 and scores["vqa"] > scores["vqa_majority"]

@@ -1,0 +1,738 @@
+"""Train in three acts: a tokenizer of pictures, the codes of all pictures, and one transformer for words and codes.
+
+    python train.py                                          # laptop: built-in scenes, all acts, scores, runs/demo
+    python train.py --data FOLDER --text FILE --out RUN      # your pictures (name.png + name.txt) and your text
+    python train.py --init google/gemma-3-270m --vqgan vqgan.ckpt --data FOLDER --out RUN      # start from real weights
+    torchrun --nproc_per_node 4 train.py --out RUN           # the same on 4 processes (NCCL on GPUs, gloo on CPUs)
+    python train.py --preset gpu --data FOLDER --out RUN     # one GPU: 256x256 pixels, 256 codes
+
+`python train.py --help` lists every flag with its default. A run folder holds config.json, vqgan.pt, codes/, model.pt,
+log.jsonl and samples/; `--resume` goes on with one that was interrupted.
+
+B batch   R rows   T positions   K codes   h, w code grid
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+import types
+import typing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+import sample
+from model import Block, ModelConfig, Transformer
+from vqgan import (Discriminator, Perceptual, ResnetBlock, VQGAN, VQGANConfig, adaptive_weight, discriminator_loss, distances,
+                   draw_far, generator_loss, kmeans, usage)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration: one dataclass, turned into flags. None means: chosen by `resolve` from the data.
+
+@dataclass
+class Config:
+    # the run
+    out: str = "runs/demo"              # folder of the run
+    data: str | None = None             # folder, .jsonl or .tar of pictures; none: built-in scenes
+    text: str | None = None             # .txt or .jsonl of texts; none: built-in English (with the built-in scenes)
+    preset: str = "laptop"              # differences from these defaults, see PRESETS
+    seed: int = 0
+    device: str = "auto"                # cuda, mps or cpu; auto takes the first there is
+    workers: int | None = None          # processes that read pictures
+    compile: bool = False               # torch.compile each block
+    save_every: int = 500               # steps between checkpoints
+    eval_every: int = 500               # steps between validation losses and pictures in samples/
+    log_every: int = 20                 # steps between lines of log.jsonl
+    init: str | None = None             # start from this Hugging Face folder, or hub name, of Gemma, Qwen or Llama
+    train: str = "all"                  # all, or embeddings: only the rows that were added to --init
+    resume: bool = False                # go on with the run in --out
+    overwrite: bool = False             # delete the run in --out first
+    # act 1, the tokenizer
+    image_size: int | None = None       # pixels of a side
+    pad: bool = False                   # pad pictures to a square instead of cropping their centre
+    vqgan: str | None = None            # take this tokenizer instead of training one
+    vq_steps: int | None = None
+    vq_batch: int = 32
+    vq_lr: float = 0.03                 # of Muon, for kernels
+    vq_lr_adam: float = 2e-3            # of AdamW, for everything else
+    vq_continuous: float = 0.25         # share of the steps before the codebook is made, by k-means, and used
+    vq_restart_every: int = 50          # steps after which unused codes restart
+    ch: int = 64
+    ch_mult: tuple[int, ...] | None = None
+    res_blocks: int = 2
+    patch: int | None = None
+    z_channels: int = 64
+    codes: int = 1024                   # K
+    code_dim: int = 8                   # e
+    l2_norm: bool = True
+    perceptual: str | None = None       # weights of VGG16 with linear heads, for a perceptual loss
+    adversarial: float = 0.0            # weight of the discriminator's loss
+    adversarial_start: float = 0.5      # share of the steps before it begins
+    # act 3, the transformer
+    steps: int | None = None
+    mix: str = "t2i=5,i2t=3,vqa=3,text=1"
+    rows: int = 8                       # of a batch, over all processes
+    context: int | None = None          # positions of a row
+    accumulate: int = 1                 # parts that a batch is computed in, to save memory
+    optimizer: str = "muon"             # muon (AdamW for what is no matrix) or adamw
+    lr: float = 0.02                    # of Muon, for the blocks' matrices
+    lr_adam: float = 3e-3               # of AdamW, for everything else
+    weight_decay: float = 0.0
+    warmup: float = 0.03                # share of the steps
+    clip: float = 1.0                   # gradient norm
+    z_loss: float = 0.0
+    uncond: float = 0.1                 # share of drawings whose words are dropped
+    words: int = 2048                   # size of the learned word vocabulary
+    image_rows: str = "codebook"        # rows of the table for codes: free, or a function of the VQGAN's codebook
+    hidden_size: int = 128
+    layers: int = 4
+    heads: int = 4
+    eval_n: int = 200                   # held-out pictures to score at the end; 0: no scores
+
+
+PRESETS = {
+    "laptop": {},
+    "gpu": dict(image_size=256, patch=2, ch=128, ch_mult=(1, 1, 2, 4), z_channels=256, codes=4096, vq_steps=40_000, adversarial=0.5,
+                steps=50_000, rows=64, hidden_size=768, layers=12, heads=12, words=16_384, compile=True),
+    "paper": dict(image_size=512, patch=1, ch=128, ch_mult=(1, 1, 2, 2, 4), z_channels=256, codes=8192, code_dim=256, l2_norm=False,
+                  vq_steps=200_000, adversarial=0.5, steps=100_000, rows=512, context=2048, words=32_768, hidden_size=1024,
+                  layers=24, heads=16, image_rows="free", compile=True),
+}
+
+
+# The paper's fine-tuning, with --init:
+FINETUNE = dict(optimizer="adamw", lr_adam=2e-5, weight_decay=0.0, warmup=0.03, image_rows="free", context=2048)
+
+
+def kind_of(field):
+    """The type of a dataclass field without its `| None`."""
+    hint = typing.get_type_hints(Config)[field.name]
+    return next(t for t in typing.get_args(hint) if t is not types.NoneType) if isinstance(hint, types.UnionType) else hint
+
+
+def add_flags(parser):
+    """A flag for each field of Config; what the user leaves out stays out of the result."""
+    for f in dataclasses.fields(Config):
+        options = dict(default=argparse.SUPPRESS, help=f"default: {'from the data' if f.default is None else f.default}")
+        kind = kind_of(f)
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif kind in (int, float, str):
+            options["type"] = kind
+        else:
+            options["type"] = lambda text: tuple(int(x) for x in text.split(","))
+        if f.name == "preset":
+            options["choices"] = PRESETS
+        parser.add_argument(f"--{f.name}", **options)
+
+
+def parse_mix(text) -> dict[str, float]:
+    try:
+        mix = {task: float(weight) for task, weight in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        mix = {}
+    if not mix or set(mix) - set(data.TASKS) or min(mix.values()) < 0 or not sum(mix.values()):
+        raise ValueError(f"--mix {text}: expected something like t2i=5,i2t=3,vqa=3,text=1")
+    return mix
+
+
+def resolve(cfg, splits) -> Config:
+    """Fill in what depends on the data: scenes are simple and get 16 codes each, other pictures 64 or more."""
+    scenic, pictures = cfg.data is None, len(splits["train"].pictures)
+    chosen = dict(patch=8 if scenic else 4, ch_mult=(1, 1) if scenic else (1, 2),
+                  vq_steps=1000 if scenic else min(20_000, 1000 + pictures // 4),
+                  steps=1200 if scenic else min(50_000, 1000 + pictures // 2),
+                  workers=0 if scenic else min(4, os.cpu_count() or 1))
+    cfg = dataclasses.replace(cfg, **{k: v for k, v in chosen.items() if getattr(cfg, k) is None})
+    f = cfg.patch * 2 ** (len(cfg.ch_mult) - 1)
+    if cfg.image_size is None:
+        cfg.image_size = 64 if scenic else typical_size(splits["train"].pictures, f)
+    if cfg.context is None:
+        cfg.context = 2 ** math.ceil(math.log2(max(256, 1.5 * (cfg.image_size // f) ** 2)))
+    return cfg
+
+
+def typical_size(pictures, f, most=128):
+    """The median shorter side of the first readable pictures, between 64 and most, rounded down to a multiple of f."""
+    sides = []
+    for p in pictures[:50]:
+        if p.open:
+            try:
+                sides.append(min(p.open().size))
+            except ValueError:
+                continue            # encode_pictures names and counts it
+    side = sorted(sides)[len(sides) // 2] if sides else 64
+    return min(max(side, 64), most) // f * f
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes, logs, schedule, optimizers
+
+@dataclass
+class Process:
+    """Which of the `world` processes this is."""
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+    def print(self, *words):
+        if self.first:
+            tqdm.write(" ".join(map(str, words)), file=sys.stdout)
+
+    def sum(self, tensor):
+        """In place, over all processes."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sum_gradients(self, parameters):
+        if self.world > 1:
+            for p in parameters:
+                if p.grad is not None:
+                    dist.all_reduce(p.grad)
+
+    def wait(self):
+        if self.world > 1:
+            dist.barrier()
+
+
+def set_up(cfg) -> Process:
+    """Join the processes that torchrun started, if it did, and choose the device."""
+    device, world = sample.device_of(cfg.device), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Process(dist.get_rank() if world > 1 else 0, world, device)
+
+
+class Log:
+    """One JSON object a line; a resumed act first drops what was written after its checkpoint."""
+    def __init__(self, path, process):
+        self.path, self.process = Path(path), process
+
+    def rewind(self, act, step):
+        if self.process.first and self.path.exists():
+            lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+            kept = [line for line in lines if line["act"] < act or line["act"] == act and line["step"] <= step]
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, act, step, **values):
+        if self.process.first:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(dict(act=act, step=step, **values)) + "\n")
+
+
+def schedule(step, steps, warmup, decay=1.0):
+    """Factor of the learning rate: up over the share `warmup`, then 1, then along a cosine to 0 over the share `decay`."""
+    rise = min(1.0, (step + 1) / max(1, warmup * steps))
+    past = max(0.0, (step / steps - (1 - decay)) / decay) if decay else 0.0
+    return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, past)))
+
+
+def orthogonalize(g, steps=5):
+    """The nearest semi-orthogonal matrix, roughly: Newton-Schulz iteration in float32 (Jordan et al. 2024, Muon)."""
+    x = g / (g.norm() + 1e-7)
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) @ x
+    return x.T if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalized, for matrices and kernels; torch.optim.Muon computes in bf16, slow on CPUs."""
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(momentum, group["momentum"]).flatten(1)        # Nesterov
+                update = orthogonalize(update) * max(1, update.shape[0] / update.shape[1]) ** 0.5
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.view_as(p), alpha=-group["lr"])
+
+
+def make_optimizers(matrices, parameters, lr, lr_adam, weight_decay=0.0, betas=(0.9, 0.95)):
+    """Muon for `matrices`, AdamW for the other parameters; each group remembers its peak learning rate."""
+    chosen = set(matrices)
+    rest = [p for p in parameters if p.requires_grad and p not in chosen]
+    fused = bool(rest) and rest[0].device.type == "cuda"
+    optimizers = [torch.optim.AdamW(rest, lr=lr_adam, betas=betas, weight_decay=weight_decay, fused=fused)] if rest else []
+    optimizers += [Muon(matrices, lr, weight_decay=weight_decay)] if matrices else []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+def set_rate(optimizers, factor):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+
+
+def step_all(optimizers):
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Act 1: the tokenizer
+
+def collate(items):
+    """Keep what could be read: uint8 tensors -> (B, 3, H, W) or None, and the sentences about the others."""
+    pixels = [x for x in items if torch.is_tensor(x)]
+    return torch.stack(pixels) if pixels else None, [x for x in items if isinstance(x, str)]
+
+
+def pixel_batches(cfg, pictures, indices):
+    """Lists of indices -> (pixels (B, 3, H, W) in [-1, 1] or None, sentences about unreadable pictures), read by workers."""
+    loader = torch.utils.data.DataLoader(data.Pixels(pictures, cfg.image_size, cfg.pad), batch_sampler=indices,
+                                         num_workers=cfg.workers, collate_fn=collate)
+    for pixels, errors in loader:
+        yield pixels if pixels is None else pixels.float() / 127.5 - 1, errors
+
+
+def random_indices(cfg, count, start, process):
+    """The pictures of each step from `start` on: a function of seed and step, shared out among the processes."""
+    for step in range(start, cfg.vq_steps):
+        chosen = torch.randint(count, (cfg.vq_batch,), generator=seeded(cfg, step))
+        yield chosen[process.rank::process.world].tolist()
+
+
+def seeded(cfg, step):
+    return torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
+
+
+def gathered(process, vectors):
+    """The same (n, e) vectors on every process: those of all of them."""
+    if process.world == 1:
+        return vectors
+    parts = [torch.empty_like(vectors) for _ in range(process.world)]
+    dist.all_gather(parts, vectors.contiguous())
+    return torch.cat(parts)
+
+
+def start_codebook(cfg, model, pictures, process):
+    """k-means of the encoder's vectors of some pictures."""
+    count = min(len(pictures), max(256, 8 * cfg.codes // ((cfg.image_size // model.config.f) ** 2)))
+    order = torch.randperm(len(pictures), generator=seeded(cfg, 0))[:count].tolist()
+    parts = [order[i:i + cfg.vq_batch] for i in range(0, count, cfg.vq_batch)]
+    with torch.no_grad():
+        vectors = torch.cat([model.quantize.vectors(model.latents(pixels.to(process.device)))
+                             for pixels, _ in pixel_batches(cfg, pictures, parts) if pixels is not None])
+        model.quantize.replace(torch.arange(cfg.codes, device=process.device), kmeans(vectors, cfg.codes, generator=seeded(cfg, 0)))
+
+
+def restart_codes(cfg, model, pixels, counts, step, process):
+    """Codes that nothing was assigned to move to badly served vectors of the batch, the same ones on every process."""
+    dead = (counts == 0).nonzero().flatten()
+    with torch.no_grad():
+        vectors = gathered(process, model.quantize.vectors(model.latents(pixels)))
+    if len(dead):
+        squared, _ = distances(vectors, model.quantize.codebook())
+        model.quantize.replace(dead, vectors[draw_far(squared, len(dead), seeded(cfg, step))])
+
+
+def train_tokenizer(cfg, splits, process, log):
+    """-> RUN/vqgan.pt"""
+    path, pictures = Path(cfg.out) / "vqgan.pt", [p for p in splits["train"].pictures if p.open]
+
+    # The networks:
+    torch.manual_seed(cfg.seed)
+    model = VQGAN(VQGANConfig(ch=cfg.ch, ch_mult=cfg.ch_mult, num_res_blocks=cfg.res_blocks, z_channels=cfg.z_channels,
+                              n_embed=cfg.codes, embed_dim=cfg.code_dim, l2_norm=cfg.l2_norm, patch=cfg.patch)).to(process.device)
+    perceptual = Perceptual(cfg.perceptual).to(process.device) if cfg.perceptual else None
+    discriminator = Discriminator().to(process.device) if cfg.adversarial else None
+
+    # The optimizers:
+    kernels = [p for p in model.parameters() if p.ndim == 4]
+    optimizers = make_optimizers(kernels, model.parameters(), cfg.vq_lr, cfg.vq_lr_adam)
+    d_optimizers = make_optimizers([], discriminator.parameters(), 0, 2e-4, betas=(0.5, 0.9)) if discriminator else []
+    counts, start = torch.zeros(cfg.codes, dtype=torch.long, device=process.device), 0
+
+    # Where it was interrupted:
+    if cfg.resume and path.exists():
+        saved = torch.load(path, map_location=process.device, weights_only=True)
+        start, counts = saved["step"], saved["counts"].to(process.device)
+        model.load_state_dict(saved["model"])
+        if discriminator:
+            discriminator.load_state_dict(saved["discriminator"])
+        for optimizer, state in zip(optimizers + d_optimizers, saved["optimizer"]):
+            optimizer.load_state_dict(state)
+    if start == cfg.vq_steps:
+        return model.eval()
+    log.rewind(1, start)
+
+    def save(step):
+        if process.first:
+            data.save_atomically(dict(
+                format="nanoLiquid tokenizer 1", model=model.state_dict(), config=asdict(model.config), step=step, counts=counts,
+                discriminator=discriminator.state_dict() if discriminator else None,
+                optimizer=[o.state_dict() for o in optimizers + d_optimizers], train_config=asdict(cfg),
+                random_state=torch.get_rng_state()), path)
+
+    # The loop:
+    if cfg.compile:
+        for block in model.modules():
+            if isinstance(block, ResnetBlock):
+                block.compile()
+    quantize_from = int(cfg.vq_continuous * cfg.vq_steps)
+    bar = tqdm(range(start, cfg.vq_steps), "1 tokenizer", initial=start, total=cfg.vq_steps, disable=not process.first)
+    batches = pixel_batches(cfg, pictures, random_indices(cfg, len(pictures), start, process))
+    for step, (pixels, errors) in zip(bar, batches):
+        if pixels is None:
+            raise ValueError(f"no picture of a whole batch could be read; the first: {errors[0]}")
+        pixels = pixels.to(process.device)
+        set_rate(optimizers, schedule(step, cfg.vq_steps, 0.03, decay=0.6))
+        if step == quantize_from:
+            start_codebook(cfg, model, pictures, process)
+        out = model(pixels, quantize=step >= quantize_from)
+        error = out.pixels - pixels
+        reconstruction = error.abs().mean() + error.square().mean()
+        if perceptual:
+            reconstruction = reconstruction + perceptual(out.pixels, pixels)
+        loss = reconstruction + out.loss
+        adversary = discriminator if step >= cfg.adversarial_start * cfg.vq_steps else None
+        if adversary:
+            g_loss = generator_loss(adversary, out.pixels)
+            loss = loss + cfg.adversarial * adaptive_weight(reconstruction, g_loss, model.decoder.conv_out.weight) * g_loss
+        (loss / process.world).backward()
+        process.sum_gradients(model.parameters())
+        step_all(optimizers)
+        if adversary:
+            adversary.zero_grad(set_to_none=True)       # what the generator's loss left there
+            (discriminator_loss(adversary, pixels, out.pixels) / process.world).backward()
+            process.sum_gradients(adversary.parameters())
+            step_all(d_optimizers)
+        if step >= quantize_from:
+            counts += process.sum(out.codes.flatten().bincount(minlength=cfg.codes))
+            if step % cfg.vq_restart_every == cfg.vq_restart_every - 1:
+                used, perplexity = usage(counts)
+                log.write(1, step + 1, codes_used=used, perplexity=perplexity)
+                if step < 0.75 * cfg.vq_steps:
+                    restart_codes(cfg, model, pixels, counts, step, process)
+                counts.zero_()
+        if step % cfg.log_every == cfg.log_every - 1:
+            psnr = -10 * math.log10(error.square().mean().item() / 4 + 1e-10)
+            log.write(1, step + 1, loss=loss.item(), psnr=psnr)
+            bar.set_postfix_str(f"loss {loss.item():.3f} psnr {psnr:.1f} dB")
+        if step % cfg.save_every == cfg.save_every - 1 or step + 1 == cfg.vq_steps:
+            save(step + 1)
+    return model.eval()
+
+
+def save_reconstructions(cfg, vqgan, splits, process):
+    """Eight held-out pictures above what remains of them."""
+    if process.first:
+        images = []
+        for p in [p for p in splits["val"].pictures if p.open][:8]:
+            try:
+                images.append(data.fit(p.open(), cfg.image_size, cfg.pad))
+            except ValueError:
+                continue            # encode_pictures names and counts it
+        if images:
+            pixels = torch.cat([data.to_pixels(image) for image in images]).to(process.device)
+            decoded = map(data.to_image, vqgan.decode(vqgan.encode(pixels)))
+            data.grid(images + list(decoded), len(images)).save(Path(cfg.out) / "samples" / "reconstructions.png")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Act 2: the codes
+
+SHARD = 4096    # pictures of a file
+
+
+def encode_pictures(cfg, vqgan, splits, process, log) -> dict[str, data.Split]:
+    """Splits of pictures -> the same with codes, from RUN/codes/ where they are there already."""
+    fingerprint, encoded, skipped = vqgan.fingerprint(), {}, []
+    for name, split in splits.items():
+        parts = sample.batches(split.pictures, SHARD)
+        paths = [Path(cfg.out) / "codes" / f"{name}-{i:05d}.pt" for i in range(len(parts))]
+        bar = tqdm(total=len(split.pictures), desc=f"2 codes of {name}", disable=not process.first)
+        for i, (path, part) in enumerate(zip(paths, parts)):
+            if i % process.world == process.rank and not holds(path, part, fingerprint):
+                skipped += encode_shard(cfg, vqgan, part, path, fingerprint, process.device)
+            bar.update(len(part))
+        bar.close()
+        process.wait()
+        encoded[name] = data.Split([p for path in paths for p in data.read_shard(path, fingerprint)], split.texts)
+    if skipped:
+        log.write(2, 0, skipped=skipped)
+        process.print(f"{len(skipped)} pictures could not be read and are left out: " + "; ".join(skipped[:3]) + " ..." * (len(skipped) > 3))
+    if not encoded["train"].pictures:
+        raise ValueError(f"{cfg.data}: no picture in it could be read; the first: {skipped[0]}")
+    return encoded
+
+
+def holds(path, pictures, fingerprint):
+    """Does a shard hold these pictures, some unreadable ones apart?"""
+    shard = data.read_shard(path, fingerprint)
+    return shard is not None and [p.name for p in shard] == [p.name for p in pictures]
+
+
+def encode_shard(cfg, vqgan, pictures, path, fingerprint, device):
+    """-> sentences about pictures that could not be read"""
+    skipped, done = [], [p for p in pictures if p.codes is not None]
+    todo = [p for p in pictures if p.codes is None]
+    for start in range(0, len(todo), 64):
+        part, kept = todo[start:start + 64], []
+        pixels = data.Pixels(part, cfg.image_size, cfg.pad)
+        for p, x in zip(part, (pixels[i] for i in range(len(part)))):
+            skipped.append(x) if isinstance(x, str) else kept.append((p, x))
+        if kept:
+            codes = vqgan.encode((torch.stack([x for _, x in kept]).to(device).float() / 127.5 - 1)).cpu()
+            done += [dataclasses.replace(p, codes=c) for (p, _), c in zip(kept, codes)]
+    data.write_shard(path, done, fingerprint)
+    return skipped
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Act 3: the transformer
+
+def task_lists(split) -> dict[str, list]:
+    captioned = [p for p in split.pictures if p.captions]
+    return {"t2i": captioned, "i2t": captioned, "vqa": [p for p in split.pictures if p.talks], "text": split.texts}
+
+
+def learn_words(cfg, train) -> data.WordTokenizer:
+    """A text tokenizer from all words of the training split and of the templates."""
+    pictures = train.pictures
+    talks = [word for p in pictures for talk in p.talks for pair in talk for word in pair]
+    fixed = [data.DRAW, data.CAPTION, *data.WordTokenizer.chat] * 3
+    return data.WordTokenizer.learn([*train.texts, *(c for p in pictures for c in p.captions), *talks, *fixed], cfg.words)
+
+
+def fetch(name) -> Path:
+    """A folder, or the name of a repository on the hub, which is downloaded."""
+    if Path(name).exists() or name.count("/") != 1:
+        return Path(name)
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ValueError(f'--init {name}: no such folder, and for the hub: pip install -e ".[pretrained]"') from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+    except Exception as error:      # the package raises its own and its transport's
+        raise ValueError(f"--init {name}: no such folder, and the hub did not give it ({str(error).splitlines()[0]})") from None
+
+
+def text_side(cfg, train, vqgan):
+    """-> text tokenizer, vocabulary: learned from the data, or those of the model to start from."""
+    codes = vqgan.config.n_embed
+    if cfg.init:
+        tokenizer = data.PretrainedTokenizer.load(fetch(cfg.init))
+        return tokenizer, tokenizer.vocab(codes, json.loads(data.read_utf8(fetch(cfg.init) / "config.json")))
+    tokenizer = learn_words(cfg, train)
+    return tokenizer, tokenizer.vocab(codes)
+
+
+def build_model(cfg, vocab, vqgan) -> Transformer:
+    if cfg.init:
+        model = Transformer.from_pretrained(fetch(cfg.init))
+        old = model.config.vocab_size
+        model.extend_vocab(vocab.size - old, seeded(cfg, 0))
+        if cfg.train == "embeddings":
+            model.train_only_rows(old)
+        return model
+    codebook = vqgan.quantize.codebook().detach()
+    from_codebook = {"free": False, "codebook": True}.get(cfg.image_rows)
+    if from_codebook is None:
+        raise ValueError(f"--image_rows {cfg.image_rows}: choose free or codebook")
+    model = Transformer(ModelConfig(
+        vocab_size=vocab.size, hidden_size=cfg.hidden_size, intermediate_size=3 * cfg.hidden_size, num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.heads, num_key_value_heads=cfg.heads, head_dim=cfg.hidden_size // cfg.heads,
+        max_position_embeddings=cfg.context, codebook_dim=codebook.shape[1] * from_codebook, codebook_size=len(codebook) * from_codebook))
+    if from_codebook:
+        model.model.image_rows.start(codebook)
+    return model
+
+
+def validate(model, tasks, vocab, tokenizer, cfg, process, most=96) -> dict[str, float]:
+    """Mean loss a target of each task, on the same held-out examples every time, shared out among the processes."""
+    result = {}
+    for task, items in tasks.items():
+        if items:
+            loader = data.Loader({task: items}, {task: 1}, vocab, tokenizer, 1, cfg.context, uncond=0.0)
+            examples = [loader.render(task, 0, i) for i in range(min(most, len(items)))][process.rank::process.world]
+            sums, counts = sample.losses(model, [e for e in examples if len(e[0]) <= cfg.context])
+            total, count = process.sum(torch.tensor([sums.sum(), counts.sum()], device=process.device)).tolist()
+            result[task] = total / max(1.0, count)
+    return result
+
+
+def train_transformer(cfg, splits, vqgan, process, log):
+    """-> RUN/model.pt"""
+    path, grid = Path(cfg.out) / "model.pt", tuple(splits["train"].pictures[0].codes.shape)
+    saved = torch.load(path, map_location="cpu", weights_only=True) if cfg.resume and path.exists() else None
+
+    # The vocabulary and the model:
+    torch.manual_seed(cfg.seed)
+    tokenizer, vocab = (data.load_tokenizer(saved["tokenizer"]), data.Vocab(**saved["vocab"])) if saved else \
+        text_side(cfg, splits["train"], vqgan)
+    model = build_model(cfg, vocab, vqgan).to(process.device)
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2] if cfg.optimizer == "muon" else []
+    optimizers = make_optimizers(matrices, model.parameters(), cfg.lr, cfg.lr_adam, cfg.weight_decay)
+    start, position = 0, None
+    if saved:
+        start, position = saved["step"], saved["data"]
+        model.load_state_dict(saved["model"])
+        for optimizer, state in zip(optimizers, saved["optimizer"]):
+            optimizer.load_state_dict(state)
+    log.rewind(3, start)
+    process.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {vocab.image_start} rows for text, "
+                  f"{vocab.image_size} for codes, {grid[0]}x{grid[1]} codes a picture")
+
+    # The data:
+    tasks, held_out = task_lists(splits["train"]), task_lists(splits["val"])
+    loader = data.Loader(tasks, parse_mix(cfg.mix), vocab, tokenizer, cfg.rows, cfg.context, cfg.seed, process.rank, process.world,
+                         cfg.uncond, position)
+    if cfg.rows % (process.world * cfg.accumulate):
+        raise ValueError(f"--rows {cfg.rows} is not a multiple of {process.world} processes times --accumulate {cfg.accumulate}")
+
+    def save(step, position):
+        if process.first:
+            data.save_atomically(dict(
+                format="nanoLiquid model 1", model=model.state_dict(), optimizer=[o.state_dict() for o in optimizers], step=step,
+                config=asdict(cfg), model_config=asdict(model.config), vocab=asdict(vocab), tokenizer=tokenizer.state(), data=position,
+                random_state=torch.get_rng_state(), fingerprint=vqgan.fingerprint(), grid=grid), path)
+
+    # The loop:
+    if cfg.compile:
+        for block in model.modules():
+            if isinstance(block, Block):
+                block.compile()
+    tokens, since = 0, time.time()
+    bar = tqdm(range(start, cfg.steps), "3 transformer", initial=start, total=cfg.steps, disable=not process.first)
+    for step, (batch, position) in zip(bar, data.ahead(iter(loader))):
+        batch = batch.to(process.device)
+        set_rate(optimizers, schedule(step, cfg.steps, cfg.warmup, decay=0.7 if cfg.optimizer == "muon" else 1.0))
+        # A drawing has many targets and a caption few: the sum over all is divided once, by the number of all, everywhere.
+        targets = process.sum((batch.targets != data.IGNORE).sum())
+        by_task = torch.zeros(2, len(data.TASKS), device=process.device)
+        for ids, wanted, positions, documents, kinds in zip(*(x.chunk(cfg.accumulate) for x in batch)):
+            nll = model(ids, wanted, positions, documents, z_loss=cfg.z_loss)
+            (nll.sum() / targets).backward()
+            learned = wanted != data.IGNORE
+            by_task[0].index_add_(0, kinds[learned], nll.detach()[learned])
+            by_task[1].index_add_(0, kinds[learned], torch.ones_like(nll[learned]))
+        process.sum_gradients(model.parameters())
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        step_all(optimizers)
+        tokens += batch.ids.numel() * process.world
+        if step % cfg.log_every == cfg.log_every - 1:
+            sums, counts = process.sum(by_task).tolist()
+            rate, tokens, since = tokens / (time.time() - since), 0, time.time()
+            each = {task: s / c for task, s, c in zip(data.TASKS, sums, counts) if c}
+            log.write(3, step + 1, loss=sum(sums) / sum(counts), norm=norm.item(), tokens_per_s=rate, **each,
+                      padding=(batch.documents < 0).float().mean().item())
+            bar.set_postfix_str(f"loss {sum(sums) / sum(counts):.3f}, {rate / 1000:.1f}k tokens/s")
+        last = step + 1 == cfg.steps
+        if step % cfg.eval_every == cfg.eval_every - 1 or last:
+            model.eval()
+            losses = validate(model, held_out, vocab, tokenizer, cfg, process)
+            log.write(3, step + 1, **{f"val_{task}": loss for task, loss in losses.items()})
+            process.print(f"step {step + 1}: held-out loss " + ", ".join(f"{task} {loss:.3f}" for task, loss in losses.items()))
+            if process.first and held_out["t2i"]:
+                run = sample.Run(model, vqgan, vocab, tokenizer, grid, cfg.pad, asdict(cfg))
+                images = sample.text_to_image(run, [p.captions[0] for p in held_out["t2i"][:16]])
+                data.grid(images, 8).save(Path(cfg.out) / "samples" / f"drawn-{step + 1:06d}.png")
+            model.train()
+        if step % cfg.save_every == cfg.save_every - 1 or last:
+            save(step + 1, position)
+        since = time.time() if last else since
+    if loader.dropped:
+        process.print(f"{loader.dropped} examples were longer than --context {cfg.context} and left out")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole
+
+def train(cfg: Config):
+    """All three acts, then the scores -> the scores, or None on all processes but the first."""
+    started, process, out = time.time(), set_up(cfg), Path(cfg.out)
+    splits = data.load_source(cfg.data, cfg.text, cfg.seed, cfg.image_size or 64)
+    cfg = resolve(cfg, splits)
+    if process.first:
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
+    log = Log(out / "log.jsonl", process)
+    process.wait()
+
+    vqgan = VQGAN.load(cfg.vqgan, process.device) if cfg.vqgan else train_tokenizer(cfg, splits, process, log)
+    save_reconstructions(cfg, vqgan, splits, process)
+    acted = time.time()
+    encoded = encode_pictures(cfg, vqgan, splits, process, log)
+    process.print(f"the tokenizer took {acted - started:.0f} s, the codes {time.time() - acted:.0f} s")
+    train_transformer(cfg, encoded, vqgan, process, log)
+
+    scores = None
+    if process.first and cfg.eval_n:
+        run = sample.load(out, cfg.vqgan, cfg.device)
+        process.print(f"all acts took {time.time() - started:.0f} s; scores on held-out examples:")
+        scores = sample.evaluate(run, splits, cfg.eval_n)
+        log.write(3, cfg.steps, scores=scores, seconds=time.time() - started)
+        sample.print_scores(scores)
+    process.wait()
+    return scores
+
+
+def configure(argv=None) -> Config:
+    """Flags -> Config; with --resume, the run's own configuration, which flags may repeat but not change."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser)
+    given = vars(parser.parse_args(argv))
+    out = Path(given.get("out", Config.out))
+    there = [name for name in ("config.json", "vqgan.pt", "model.pt") if (out / name).exists()]
+    if there and not given.get("resume") and not given.get("overwrite"):
+        raise ValueError(f"--out {out}: there is a run already; go on with --resume, or delete it with --overwrite")
+    if given.get("resume") and (out / "config.json").exists():
+        stored = json.loads((out / "config.json").read_text())
+        free = ("out", "resume", "overwrite", "device", "workers", "compile", "save_every", "eval_every", "log_every", "eval_n")
+        clash = [f"--{k}" for k, v in given.items() if k not in free and stored[k] != (list(v) if isinstance(v, tuple) else v)]
+        if clash:
+            raise ValueError(f"--resume: {', '.join(clash)} differ from the run in {out} (see its config.json)")
+        return Config(**{**stored, "ch_mult": tuple(stored["ch_mult"]), **given})
+    if given.get("overwrite") and int(os.environ.get("RANK", 0)) == 0:
+        for name in ("config.json", "vqgan.pt", "model.pt", "log.jsonl"):
+            (out / name).unlink(missing_ok=True)
+    return Config(**{**PRESETS[given.get("preset", "laptop")], **(FINETUNE if given.get("init") else {}), **given})
+
+
+def main(argv=None):
+    try:
+        train(configure(argv))
+    except (ValueError, OSError) as error:
+        sys.exit(f"train.py: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
