@@ -84,7 +84,7 @@ def sprite(background, size, color, shape, side) -> np.ndarray:
     if shape == "circle":
         pen.ellipse([s / 2 - radius, s / 2 - radius, s / 2 + radius, s / 2 + radius], fill=fill)
     elif shape == "square":
-        pen.polygon(corners(4, 1.2 * radius, turn=math.pi / 4), fill=fill)
+        pen.polygon(corners(4, 1.37 * radius, turn=math.pi / 4), fill=fill)
     elif shape == "triangle":
         pen.polygon(corners(3, 1.15 * radius, drop=0.2 * radius), fill=fill)
     else:

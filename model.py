@@ -617,8 +617,10 @@ class Transformer(nn.Module):
         x = self.model(ids, table, positions, documents, cache)     # (B, T, D)
         if targets is None:
             return self.logits(x)
-        learned = targets != -100
-        nll = ChunkedNLL.apply(x[learned], self.head(table), targets[learned], z_loss, self.config.final_logit_softcapping)
+        learned, head = targets != -100, self.head(table)
+        if torch.is_autocast_enabled(ids.device.type):              # backward runs outside autocast, so the types must agree
+            x, head = (y.to(torch.get_autocast_dtype(ids.device.type)) for y in (x, head))
+        nll = ChunkedNLL.apply(x[learned], head, targets[learned], z_loss, self.config.final_logit_softcapping)
         return torch.zeros(ids.shape, device=ids.device).masked_scatter(learned, nll)
 
     def flops_per_token(self, context) -> float:

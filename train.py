@@ -636,7 +636,8 @@ def train_transformer(cfg, splits, vqgan, process, log):
         targets = process.sum((batch.targets != data.IGNORE).sum())
         by_task = torch.zeros(2, len(data.TASKS), device=process.device)
         for ids, wanted, positions, documents, kinds in zip(*(x.chunk(cfg.accumulate) for x in batch)):
-            nll = model(ids, wanted, positions, documents, z_loss=cfg.z_loss)
+            with torch.autocast(process.device.type, torch.bfloat16, enabled=process.device.type == "cuda"):
+                nll = model(ids, wanted, positions, documents, z_loss=cfg.z_loss)
             (nll.sum() / targets).backward()
             learned = wanted != data.IGNORE
             by_task[0].index_add_(0, kinds[learned], nll.detach()[learned])

@@ -205,3 +205,18 @@ def test_ground_floor_imports_nothing_of_ours(name):
     assert not modules & {"model", "data", "vqgan", "sample", "train"}
     top = {a.name.split(".")[0] for node in tree.body if isinstance(node, ast.Import) for a in node.names}
     assert top <= {"torch", "numpy", "PIL", "tqdm", *sys.stdlib_module_names}
+
+
+def test_bf16_autocast_trains_with_nearly_the_gradients_of_float32():
+    """The loss's own backward runs outside autocast: mixed types would raise there."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1, head_dim=8))
+    ids = torch.randint(0, 50, (2, 9))
+    grads = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            nll = model(ids, targets=ids)
+        nll.mean().backward()
+        grads.append(model.model.embed_tokens.weight.grad.clone())
+    assert nll.dtype == torch.float32 and torch.nn.functional.cosine_similarity(*grads, dim=-1).min() > 0.99
