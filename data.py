@@ -132,13 +132,12 @@ def grade(image: Image.Image) -> Scene:
 
 
 def describe(scene: Scene, rng: random.Random) -> str:
-    """A caption that names all of the scene, in one of several phrasings and any order of its objects."""
-    objects = rng.sample(scene.objects, len(scene.objects))
+    """A caption that names all of the scene in one of several phrasings, its objects in reading order."""
     first, joint, last = rng.choice([
         ("", " at the ", f" on a {scene.background} background"),
         (f"on a {scene.background} background, ", " in the ", ""),
         (f"a {scene.background} background with ", " at the ", "")])
-    parts = [f"a {o.size} {o.color} {o.shape}{joint}{o.place}" for o in objects]
+    parts = [f"a {o.size} {o.color} {o.shape}{joint}{o.place}" for o in scene.objects]
     return first + " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]])) + last
 
 
@@ -238,13 +237,14 @@ class Vocab:
 # Text tokenizers
 
 class Chat(NamedTuple):
-    """What stands before a person's words, before the model's, and after each."""
+    """What stands before a person's words, before the model's, and after each; `lead` already belongs to the answer."""
     user: str
     model: str
     end: str
+    lead: str = ""
 
 
-CHATS = {"plain": Chat("Question: ", "Answer: ", "\n"),
+CHATS = {"plain": Chat("", "", "\n", " "),     # " red" is the word that captions know, "red" would be another
          "gemma": Chat("<start_of_turn>user\n", "<start_of_turn>model\n", "<end_of_turn>\n"),
          "chatml": Chat("<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n"),
          "llama3": Chat("<|start_header_id|>user<|end_header_id|>\n\n", "<|start_header_id|>assistant<|end_header_id|>\n\n",
@@ -408,7 +408,7 @@ def render_vqa(vocab, tokenizer, codes, turns):
         segments.append((opening + tokenizer.encode(question + chat.end + chat.model), False))
         if answer is None:
             return sequence(*segments)
-        segments.append((tokenizer.encode(answer + chat.end), True))
+        segments.append((tokenizer.encode(chat.lead + answer + chat.end), True))
     return sequence(*segments, ([vocab.eos], True))
 
 
@@ -520,7 +520,7 @@ def built_in(seed, side=64, train=20000, val=400, unseen=200) -> dict[str, Split
             "unseen": Split(scenes(unseen, seed, "unseen", side, unseen=True), [])}
 
 
-def passages(text, length=240) -> list[str]:
+def passages(text, length=160) -> list[str]:
     """Cut a text at line ends into passages of at most about length characters; longer lines are cut at spaces."""
     result, passage = [], ""
     for line in text.splitlines(keepends=True):

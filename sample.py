@@ -121,7 +121,7 @@ def generate(model, prompts, n, allowed=None, negatives=None, guidance=1.0, temp
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen; text is greedy unless it is asked otherwise."""
-    guidance: float = 3.0
+    guidance: float = 2.0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -163,7 +163,7 @@ def load(run, vqgan=None, device="auto", dtype=torch.float32) -> Run:
     """
     folder, device = Path(run), device_of(device)
     vqgan_path = vqgan or folder / "vqgan.pt"
-    if (folder / "model.pt").exists() or not (folder / "model.safetensors.index.json").exists() | (folder / "model.safetensors").exists():
+    if (folder / "model.pt").exists() or not list(folder.glob("model*.safetensors")):
         layout = read_checkpoint(folder / "model.pt")
         model = Transformer(ModelConfig(**layout["model_config"]))
         model.load_state_dict(layout["model"])
@@ -194,10 +194,10 @@ def export(run, folder, source=None):
     """
     folder = Path(folder)
     run.model.save_pretrained(folder)
-    for pattern in ("tokenizer*", "special_tokens_map.json", "generation_config.json", "chat_template*", "vocab.json", "merges.txt"):
+    for pattern in ("tokenizer*", "special_tokens*", "generation_config*", "chat_template*", "vocab.json", "merges.txt"):
         for file in Path(source).glob(pattern) if source else ():
             shutil.copy(file, folder / file.name)
-    torch.save({"config": asdict(run.vqgan.config), "model": run.vqgan.state_dict()}, folder / "vqgan.pt")
+    data.save_atomically({"config": asdict(run.vqgan.config), "model": run.vqgan.state_dict()}, folder / "vqgan.pt")
     layout = dict(vocab=asdict(run.vocab), tokenizer=run.tokenizer.state(), grid=run.grid, config=run.config,
                   fingerprint=run.vqgan.fingerprint())
     (folder / LAYOUT).write_text(json.dumps(layout))
@@ -235,7 +235,7 @@ def text_to_image(run, prompts, sampling=None, numbers=None):
     for part in batches(list(zip(prompts, numbers)), s.batch):
         ids = generate(run.model, [data.render_t2i(run.vocab, run.tokenizer, p)[0] for p, _ in part], h * w, run.vocab.image_rows,
                        [negative] * len(part), s.guidance, s.temperature, s.top_k, s.top_p,
-                       generator=generators(run, s, [i for _, i in part]))
+                       None, generators(run, s, [i for _, i in part]))
         images += map(data.to_image, run.vqgan.decode(run.vocab.ids_to_codes(ids).view(-1, h, w)))
     return images
 
@@ -251,8 +251,9 @@ def write(run, prompts, n, sampling=None):
     s, texts = sampling or replace(run.sampling, temperature=0.0), []
     stop = {run.vocab.eos, *run.tokenizer.stops}
     for part in batches(prompts, s.batch):
-        ids = generate(run.model, part, n, run.vocab.text_rows, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, stop=stop,
-                       generator=generators(run, s, range(len(texts), len(texts) + len(part))))
+        numbers = range(len(texts), len(texts) + len(part))
+        ids = generate(run.model, part, n, run.vocab.text_rows, None, 1.0, s.temperature, s.top_k, s.top_p, stop,
+                       generators(run, s, numbers))
         for row in ids.tolist():
             end = next((i for i, token in enumerate(row) if token in stop), n)
             texts.append(run.tokenizer.decode(row[:end]))
@@ -346,35 +347,40 @@ def score_answers(run, split, train, limit):
     return mean(s == a for s, (_, _, a) in zip(said, asked)), mean(g == a for g, (_, _, a) in zip(guesses, asked))
 
 
+def score_scenes(run, pictures, sampling):
+    """What is exact of built-in scenes when they are reconstructed, drawn from a caption, and captioned."""
+    truth = [data.grade(p.open()) for p in pictures]
+    images, _, _ = score_reconstructions(run, pictures)
+    drawn, objects = score_drawings(text_to_image(run, [p.captions[0] for p in pictures], sampling), truth)
+    captions = caption(run, [p.open() for p in pictures])
+    return {"reconstruction": mean(data.grade(image) == t for image, t in zip(images, truth)), "t2i": drawn, "objects": objects,
+            "caption": mean(data.read_description(c) == t for c, t in zip(captions, truth))}
+
+
 def evaluate(run, splits, n=200, sampling=None) -> dict:
     """All scores of a run on pictures and texts that it never trained on; what a source cannot tell is None."""
     val, train = splits["val"], splits["train"]
     pictures = [p for p in val.pictures if p.open][:n]
-    images, psnr, used = score_reconstructions(run, pictures)
-    scenic = "unseen" in splits
-    scores = {"n": len(pictures), "reconstruction_psnr": psnr, "codes_used": used}
-    truth = [data.grade(p.open()) for p in pictures] if scenic else []
-    scores["reconstruction_exact"] = mean(data.grade(i) == t for i, t in zip(images, truth))
-    prompts = [p.captions[0] for p in pictures if p.captions]
-    scores["t2i_exact"], scores["t2i_objects"] = score_drawings(text_to_image(run, prompts, sampling), truth) if scenic else (None, None)
-    captions = caption(run, [p.open() for p in pictures if p.captions])
-    scores["caption_exact"] = mean(data.read_description(c) == t for c, t in zip(captions, truth)) if scenic else \
-        mean(c in p.captions for c, p in zip(captions, [p for p in pictures if p.captions]))
-    scores["vqa"], scores["vqa_majority"] = score_answers(run, pictures, train.pictures, n)
-    scores["text_bits_per_byte"], scores["text_bits_per_byte_unigram"] = bits_per_byte(run, val.texts, train.texts) if val.texts else (None, None)
-    for name in ("t2i_unseen_combinations", "caption_unseen_combinations", "reconstruction_unseen_combinations"):
-        scores[name] = None
-    if scenic:
-        unseen = splits["unseen"].pictures[:n]
-        truth = [data.grade(p.open()) for p in unseen]
-        scores["t2i_unseen_combinations"], _ = score_drawings(text_to_image(run, [p.captions[0] for p in unseen], sampling), truth)
-        scores["caption_unseen_combinations"] = mean(data.read_description(c) == t for c, t in zip(caption(run, [p.open() for p in unseen]), truth))
-        scores["reconstruction_unseen_combinations"] = mean(data.grade(i) == t for i, t in zip(score_reconstructions(run, unseen)[0], truth))
-    return scores
+    _, psnr, used = score_reconstructions(run, pictures)
+    accuracy, majority = score_answers(run, pictures, train.pictures, n)
+    bits, unigram = bits_per_byte(run, val.texts, train.texts) if val.texts else (None, None)
+    seen, unseen = {}, {}
+    if "unseen" in splits:
+        seen, unseen = (score_scenes(run, part, sampling) for part in (pictures, splits["unseen"].pictures[:n]))
+    else:
+        captioned = [p for p in pictures if p.captions]
+        said = caption(run, [p.open() for p in captioned])
+        seen["caption"] = mean(words in p.captions for words, p in zip(said, captioned))
+    return {"n": len(pictures), "reconstruction_psnr": psnr, "codes_used": used,
+            "reconstruction_exact": seen.get("reconstruction"),
+            "t2i_exact": seen.get("t2i"), "t2i_objects": seen.get("objects"), "caption_exact": seen.get("caption"),
+            "vqa": accuracy, "vqa_majority": majority, "text_bits_per_byte": bits, "text_bits_per_byte_unigram": unigram,
+            "reconstruction_unseen_combinations": unseen.get("reconstruction"), "t2i_unseen_combinations": unseen.get("t2i"),
+            "caption_unseen_combinations": unseen.get("caption")}
 
 
 def print_scores(scores):
-    for name, value in sorted(scores.items()):
+    for name, value in scores.items():
         print(f"{name:<38} {'-' if value is None else value if isinstance(value, int) else format(value, '.3f')}")
     print(json.dumps({name: round(value, 4) if isinstance(value, float) else value for name, value in scores.items()}))
 
@@ -401,8 +407,8 @@ def draw_command(run, args, sampling):
 def parser():
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True)
-    for name, positional in (("t2i", ["prompt"]), ("i2t", ["picture"]), ("vqa", ["picture", "question"]), ("text", ["beginning"]), ("eval", []),
-                             ("export", ["folder"])):
+    for name, positional in {"t2i": ["prompt"], "i2t": ["picture"], "vqa": ["picture", "question"], "text": ["beginning"],
+                             "eval": [], "export": ["folder"]}.items():
         p = commands.add_parser(name)
         for argument in positional:
             p.add_argument(argument, nargs="?" if name == "t2i" else None)
@@ -412,7 +418,7 @@ def parser():
         p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the transformer's weights")
         p.add_argument("--n", type=int, default=200 if name == "eval" else 80, help="examples to score, or tokens to write")
         for key, default in vars(Sampling()).items():
-            p.add_argument(f"--{key.replace('_', '-')}", f"--{key}", type=type(default), help=f"default: the run's, {default} here")
+            p.add_argument(f"--{key.replace('_', '-')}", f"--{key}", type=type(default), help=f"usually {default}")
         if name == "t2i":
             p.add_argument("--out", default="out.png")
             p.add_argument("--prompts", metavar="FILE", help="one prompt a line")

@@ -65,14 +65,14 @@ class Config:
     vq_batch: int = 32
     vq_lr: float = 0.03                 # of Muon, for kernels
     vq_lr_adam: float = 2e-3            # of AdamW, for everything else
-    vq_continuous: float = 0.25         # share of the steps before the codebook is made, by k-means, and used
+    vq_continuous: float = 0.04         # share of the steps before the codebook is made, by k-means, and used
     vq_restart_every: int = 50          # steps after which unused codes restart
     ch: int = 64
     ch_mult: tuple[int, ...] | None = None
     res_blocks: int = 2
     patch: int | None = None
     z_channels: int = 64
-    codes: int = 1024                   # K
+    codes: int | None = None            # K
     code_dim: int = 8                   # e
     l2_norm: bool = True
     perceptual: str | None = None       # weights of VGG16 with linear heads, for a perceptual loss
@@ -80,8 +80,8 @@ class Config:
     adversarial_start: float = 0.5      # share of the steps before it begins
     # act 3, the transformer
     steps: int | None = None
-    mix: str = "t2i=5,i2t=3,vqa=3,text=1"
-    rows: int = 8                       # of a batch, over all processes
+    mix: str = "t2i=6,i2t=3,vqa=5,text=1"
+    rows: int = 16                      # of a batch, over all processes
     context: int | None = None          # positions of a row
     accumulate: int = 1                 # parts that a batch is computed in, to save memory
     optimizer: str = "muon"             # muon (AdamW for what is no matrix) or adamw
@@ -92,7 +92,7 @@ class Config:
     clip: float = 1.0                   # gradient norm
     z_loss: float = 0.0
     uncond: float = 0.1                 # share of drawings whose words are dropped
-    words: int = 2048                   # size of the learned word vocabulary
+    words: int | None = None                       # size of the learned word vocabulary
     image_rows: str = "codebook"        # rows of the table for codes: free, or a function of the VQGAN's codebook
     hidden_size: int = 128
     layers: int = 4
@@ -102,11 +102,11 @@ class Config:
 
 PRESETS = {
     "laptop": {},
-    "gpu": dict(image_size=256, patch=2, ch=128, ch_mult=(1, 1, 2, 4), z_channels=256, codes=4096, vq_steps=40_000, adversarial=0.5,
-                steps=50_000, rows=64, hidden_size=768, layers=12, heads=12, words=16_384, compile=True),
-    "paper": dict(image_size=512, patch=1, ch=128, ch_mult=(1, 1, 2, 2, 4), z_channels=256, codes=8192, code_dim=256, l2_norm=False,
-                  vq_steps=200_000, adversarial=0.5, steps=100_000, rows=512, context=2048, words=32_768, hidden_size=1024,
-                  layers=24, heads=16, image_rows="free", compile=True),
+    "gpu": dict(image_size=256, patch=2, ch=128, ch_mult=(1, 1, 2, 4), z_channels=256, codes=4096, vq_steps=40_000,
+                adversarial=0.5, steps=50_000, rows=64, hidden_size=768, layers=12, heads=12, words=16_384, compile=True),
+    "paper": dict(image_size=512, patch=1, ch=128, ch_mult=(1, 1, 2, 2, 4), z_channels=256, codes=8192, code_dim=256,
+                  l2_norm=False, vq_steps=200_000, adversarial=0.5, steps=100_000, rows=512, context=2048,
+                  words=32_768, hidden_size=1024, layers=24, heads=16, image_rows="free", compile=True),
 }
 
 
@@ -142,23 +142,26 @@ def parse_mix(text) -> dict[str, float]:
     except ValueError:
         mix = {}
     if not mix or set(mix) - set(data.TASKS) or min(mix.values()) < 0 or not sum(mix.values()):
-        raise ValueError(f"--mix {text}: expected something like t2i=5,i2t=3,vqa=3,text=1")
+        raise ValueError(f"--mix {text}: expected something like t2i=6,i2t=3,vqa=5,text=1")
     return mix
 
 
-def resolve(cfg, splits) -> Config:
+def resolve(cfg, splits, vqgan=None) -> Config:
     """Fill in what depends on the data: scenes are simple and get 16 codes each, other pictures 64 or more."""
     scenic, pictures = cfg.data is None, len(splits["train"].pictures)
+    if vqgan:
+        cfg = dataclasses.replace(cfg, patch=vqgan.config.patch, ch_mult=vqgan.config.ch_mult, codes=vqgan.config.n_embed)
     chosen = dict(patch=8 if scenic else 4, ch_mult=(1, 1) if scenic else (1, 2),
-                  vq_steps=1000 if scenic else min(20_000, 1000 + pictures // 4),
-                  steps=1200 if scenic else min(50_000, 1000 + pictures // 2),
+                  codes=512 if scenic else 1024, words=1024 if scenic else 4096,
+                  vq_steps=800 if scenic else min(20_000, 600 + pictures // 4),
+                  steps=1400 if scenic else min(50_000, 600 + pictures // 2),
                   workers=0 if scenic else min(4, os.cpu_count() or 1))
     cfg = dataclasses.replace(cfg, **{k: v for k, v in chosen.items() if getattr(cfg, k) is None})
     f = cfg.patch * 2 ** (len(cfg.ch_mult) - 1)
     if cfg.image_size is None:
         cfg.image_size = 64 if scenic else typical_size(splits["train"].pictures, f)
     if cfg.context is None:
-        cfg.context = 2 ** math.ceil(math.log2(max(256, 1.5 * (cfg.image_size // f) ** 2)))
+        cfg.context = 2 ** math.ceil(math.log2(max(128, 2 * (cfg.image_size // f) ** 2)))
     return cfg
 
 
@@ -346,7 +349,8 @@ def start_codebook(cfg, model, pictures, process):
     with torch.no_grad():
         vectors = torch.cat([model.quantize.vectors(model.latents(pixels.to(process.device)))
                              for pixels, _ in pixel_batches(cfg, pictures, parts) if pixels is not None])
-        model.quantize.replace(torch.arange(cfg.codes, device=process.device), kmeans(vectors, cfg.codes, generator=seeded(cfg, 0)))
+        centres = kmeans(vectors, cfg.codes, generator=seeded(cfg, 0))
+        model.quantize.replace(torch.arange(cfg.codes, device=process.device), centres)
 
 
 def restart_codes(cfg, model, pixels, counts, step, process):
@@ -357,6 +361,21 @@ def restart_codes(cfg, model, pixels, counts, step, process):
     if len(dead):
         squared, _ = distances(vectors, model.quantize.codebook())
         model.quantize.replace(dead, vectors[draw_far(squared, len(dead), seeded(cfg, step))])
+
+
+def save_reconstructions(cfg, vqgan, splits, process):
+    """Eight held-out pictures above what remains of them."""
+    if process.first:
+        images = []
+        for p in [p for p in splits["val"].pictures if p.open][:8]:
+            try:
+                images.append(data.fit(p.open(), cfg.image_size, cfg.pad))
+            except ValueError:
+                continue            # encode_pictures names and counts it
+        if images:
+            pixels = torch.cat([data.to_pixels(image) for image in images]).to(process.device)
+            decoded = map(data.to_image, vqgan.decode(vqgan.encode(pixels)))
+            data.grid(images + list(decoded), len(images)).save(Path(cfg.out) / "samples" / "reconstructions.png")
 
 
 def train_tokenizer(cfg, splits, process, log):
@@ -444,22 +463,9 @@ def train_tokenizer(cfg, splits, process, log):
             bar.set_postfix_str(f"loss {loss.item():.3f} psnr {psnr:.1f} dB")
         if step % cfg.save_every == cfg.save_every - 1 or step + 1 == cfg.vq_steps:
             save(step + 1)
+        if step % cfg.eval_every == cfg.eval_every - 1:
+            save_reconstructions(cfg, model, splits, process)
     return model.eval()
-
-
-def save_reconstructions(cfg, vqgan, splits, process):
-    """Eight held-out pictures above what remains of them."""
-    if process.first:
-        images = []
-        for p in [p for p in splits["val"].pictures if p.open][:8]:
-            try:
-                images.append(data.fit(p.open(), cfg.image_size, cfg.pad))
-            except ValueError:
-                continue            # encode_pictures names and counts it
-        if images:
-            pixels = torch.cat([data.to_pixels(image) for image in images]).to(process.device)
-            decoded = map(data.to_image, vqgan.decode(vqgan.encode(pixels)))
-            data.grid(images + list(decoded), len(images)).save(Path(cfg.out) / "samples" / "reconstructions.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -484,7 +490,7 @@ def encode_pictures(cfg, vqgan, splits, process, log) -> dict[str, data.Split]:
         encoded[name] = data.Split([p for path in paths for p in data.read_shard(path, fingerprint)], split.texts)
     if skipped:
         log.write(2, 0, skipped=skipped)
-        process.print(f"{len(skipped)} pictures could not be read and are left out: " + "; ".join(skipped[:3]) + " ..." * (len(skipped) > 3))
+        process.print(f"{len(skipped)} pictures, all in log.jsonl, could not be read: {'; '.join(skipped[:3])}")
     if not encoded["train"].pictures:
         raise ValueError(f"{cfg.data}: no picture in it could be read; the first: {skipped[0]}")
     return encoded
@@ -523,7 +529,7 @@ def task_lists(split) -> dict[str, list]:
 def learn_words(cfg, train) -> data.WordTokenizer:
     """A text tokenizer from all words of the training split and of the templates."""
     pictures = train.pictures
-    talks = [word for p in pictures for talk in p.talks for pair in talk for word in pair]
+    talks = [f" {words}" for p in pictures for talk in p.talks for pair in talk for words in pair]
     fixed = [data.DRAW, data.CAPTION, *data.WordTokenizer.chat] * 3
     return data.WordTokenizer.learn([*train.texts, *(c for p in pictures for c in p.captions), *talks, *fixed], cfg.words)
 
@@ -567,7 +573,8 @@ def build_model(cfg, vocab, vqgan) -> Transformer:
     model = Transformer(ModelConfig(
         vocab_size=vocab.size, hidden_size=cfg.hidden_size, intermediate_size=3 * cfg.hidden_size, num_hidden_layers=cfg.layers,
         num_attention_heads=cfg.heads, num_key_value_heads=cfg.heads, head_dim=cfg.hidden_size // cfg.heads,
-        max_position_embeddings=cfg.context, codebook_dim=codebook.shape[1] * from_codebook, codebook_size=len(codebook) * from_codebook))
+        max_position_embeddings=cfg.context, codebook_dim=codebook.shape[1] * from_codebook,
+        codebook_size=len(codebook) * from_codebook))
     if from_codebook:
         model.model.image_rows.start(codebook)
     return model
@@ -610,17 +617,18 @@ def train_transformer(cfg, splits, vqgan, process, log):
 
     # The data:
     tasks, held_out = task_lists(splits["train"]), task_lists(splits["val"])
-    loader = data.Loader(tasks, parse_mix(cfg.mix), vocab, tokenizer, cfg.rows, cfg.context, cfg.seed, process.rank, process.world,
-                         cfg.uncond, position)
+    loader = data.Loader(tasks, parse_mix(cfg.mix), vocab, tokenizer, cfg.rows, cfg.context, cfg.seed, process.rank,
+                         process.world, cfg.uncond, position)
     if cfg.rows % (process.world * cfg.accumulate):
         raise ValueError(f"--rows {cfg.rows} is not a multiple of {process.world} processes times --accumulate {cfg.accumulate}")
 
     def save(step, position):
         if process.first:
             data.save_atomically(dict(
-                format="nanoLiquid model 1", model=model.state_dict(), optimizer=[o.state_dict() for o in optimizers], step=step,
-                config=asdict(cfg), model_config=asdict(model.config), vocab=asdict(vocab), tokenizer=tokenizer.state(), data=position,
-                random_state=torch.get_rng_state(), fingerprint=vqgan.fingerprint(), grid=grid), path)
+                format="nanoLiquid model 1", model=model.state_dict(), optimizer=[o.state_dict() for o in optimizers],
+                step=step, config=asdict(cfg), model_config=asdict(model.config), vocab=asdict(vocab),
+                tokenizer=tokenizer.state(), data=position, random_state=torch.get_rng_state(),
+                fingerprint=vqgan.fingerprint(), grid=grid), path)
 
     # The loop:
     if cfg.compile:
@@ -678,14 +686,17 @@ def train(cfg: Config):
     """All three acts, then the scores -> the scores, or None on all processes but the first."""
     started, process, out = time.time(), set_up(cfg), Path(cfg.out)
     splits = data.load_source(cfg.data, cfg.text, cfg.seed, cfg.image_size or 64)
-    cfg = resolve(cfg, splits)
+    ready = VQGAN.load(cfg.vqgan, process.device) if cfg.vqgan else None
+    cfg = resolve(cfg, splits, ready)
     if process.first:
         (out / "samples").mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
     log = Log(out / "log.jsonl", process)
     process.wait()
 
-    vqgan = VQGAN.load(cfg.vqgan, process.device) if cfg.vqgan else train_tokenizer(cfg, splits, process, log)
+    if ready and process.first:
+        data.save_atomically(dict(config=asdict(ready.config), model=ready.state_dict()), out / "vqgan.pt")
+    vqgan = ready or train_tokenizer(cfg, splits, process, log)
     save_reconstructions(cfg, vqgan, splits, process)
     acted = time.time()
     encoded = encode_pictures(cfg, vqgan, splits, process, log)
@@ -694,7 +705,7 @@ def train(cfg: Config):
 
     scores = None
     if process.first and cfg.eval_n:
-        run = sample.load(out, cfg.vqgan, cfg.device)
+        run = sample.load(out, device=cfg.device)
         process.print(f"all acts took {time.time() - started:.0f} s; scores on held-out examples:")
         scores = sample.evaluate(run, splits, cfg.eval_n)
         log.write(3, cfg.steps, scores=scores, seconds=time.time() - started)

@@ -12,8 +12,8 @@ from vqgan import VQGAN, VQGANConfig
 
 def tiny(seed=0, **options):
     torch.manual_seed(seed)
-    model = Transformer(ModelConfig(vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                                    num_key_value_heads=2, head_dim=8, **options)).eval()
+    model = Transformer(ModelConfig(vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                    num_attention_heads=4, num_key_value_heads=2, head_dim=8, **options)).eval()
     for p in model.parameters():
         p.data += 0.3 * torch.randn_like(p)     # far from the uniform start, so that mistakes change the argmax
     return model
@@ -103,7 +103,8 @@ def test_top_k_and_top_p_keep_what_they_say_and_draw_in_proportion():
 @pytest.fixture(scope="module")
 def run():
     torch.manual_seed(0)
-    vqgan = VQGAN(VQGANConfig(ch=32, ch_mult=(1,), num_res_blocks=1, z_channels=8, n_embed=16, embed_dim=4, l2_norm=True, patch=8)).eval()
+    vqgan = VQGAN(VQGANConfig(ch=32, ch_mult=(1,), num_res_blocks=1, z_channels=8, n_embed=16, embed_dim=4, l2_norm=True,
+                              patch=8)).eval()
     tokenizer = data.WordTokenizer.learn(["a red circle " * 3, data.DRAW * 3, data.CAPTION * 3])
     vocab = tokenizer.vocab(16)
     model = Transformer(ModelConfig(vocab_size=vocab.size, hidden_size=32, intermediate_size=64, num_hidden_layers=1)).eval()

@@ -16,8 +16,9 @@ import train
 from model import ModelConfig, Transformer
 
 ROOT = Path(__file__).parent.parent
-TINY = dict(vq_steps=6, vq_batch=4, vq_restart_every=2, ch=32, ch_mult=(1,), patch=16, res_blocks=1, z_channels=8, codes=16, steps=6,
-            rows=4, hidden_size=32, layers=1, heads=2, words=64, save_every=3, eval_every=6, log_every=1, eval_n=2, device="cpu")
+TINY = dict(vq_steps=6, vq_batch=4, vq_restart_every=2, ch=32, ch_mult=(1,), patch=16, res_blocks=1, z_channels=8, codes=16,
+            steps=6, rows=4, hidden_size=32, layers=1, heads=2, words=64, save_every=3, eval_every=6, log_every=1,
+            eval_n=2, device="cpu")
 
 
 @pytest.fixture
@@ -38,12 +39,13 @@ def weights(run, name="model.pt"):
 def test_all_acts_fill_the_run_folder_with_what_the_readme_promises(few, tmp_path):
     scores = train.train(train.Config(out=str(tmp_path), **TINY))
     checkpoint = torch.load(tmp_path / "model.pt", weights_only=True)
-    assert {"model", "optimizer", "step", "config", "model_config", "vocab", "tokenizer", "data", "random_state"} <= set(checkpoint)
+    assert set("model optimizer step config model_config vocab tokenizer data random_state".split()) <= set(checkpoint)
     assert torch.load(tmp_path / "vqgan.pt", weights_only=True)["step"] == 6
     assert (tmp_path / "samples" / "reconstructions.png").exists() and (tmp_path / "samples" / "drawn-000006.png").exists()
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert {line["act"] for line in lines} == {1, 3} and lines[-1]["scores"] == scores
-    wanted = "t2i_exact t2i_objects t2i_unseen_combinations caption_exact vqa text_bits_per_byte reconstruction_exact reconstruction_psnr codes_used n"
+    wanted = """t2i_exact t2i_objects t2i_unseen_combinations caption_exact vqa text_bits_per_byte reconstruction_exact
+                reconstruction_psnr codes_used n"""
     assert set(wanted.split()) <= set(scores)
     again = sample.evaluate(sample.load(tmp_path, device="cpu"), data.built_in(0), 2)
     assert again == scores      # a run folder alone is enough to score it again
@@ -77,8 +79,8 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(few, tmp_pa
     for name in ("vqgan.pt", "model.pt"):
         a, b = weights(tmp_path / "whole", name), weights(tmp_path / "cut", name)
         assert all(torch.equal(a[k], b[k]) for k in a)
-    steps = [[(x["act"], x["step"], x.get("loss")) for x in map(json.loads, (tmp_path / n / "log.jsonl").read_text().splitlines())]
-             for n in ("whole", "cut")]
+    logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("whole", "cut")]
+    steps = [[(x["act"], x["step"], x.get("loss")) for x in lines] for lines in logs]
     assert steps[0] == steps[1]
 
 
@@ -118,7 +120,8 @@ def test_one_batch_can_be_learned_by_heart():
     pictures = [data.Picture(str(i), None, [f"{i}"], [[("what?", f"{i * i}")]], c) for i, c in enumerate(codes)]
     tasks = {"t2i": pictures, "i2t": pictures, "vqa": pictures, "text": ["hello", "world"]}
     batch = data.Loader(tasks, dict.fromkeys(tasks, 1), vocab, tokenizer, 4, 160, uncond=0.0).batch()
-    model = Transformer(ModelConfig(vocab_size=vocab.size, hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16))
+    model = Transformer(ModelConfig(vocab_size=vocab.size, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                                    head_dim=16))
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     optimizers = train.make_optimizers(matrices, model.parameters(), 0.02, 1e-2)
     count = (batch.targets != data.IGNORE).sum()
@@ -190,6 +193,56 @@ def test_own_pictures_train_and_bad_ones_are_named(tmp_path, capsys):
     assert "broken.png" in capsys.readouterr().out and "broken.png" in (tmp_path / "run" / "log.jsonl").read_text()
 
 
+def pretrained_folder(folder):
+    """A tiny random Qwen 2 with a byte-level tokenizer, as a Hugging Face folder."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pytest.importorskip("safetensors")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    bpe.pre_tokenizer, bpe.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    bpe.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"])
+    torch.manual_seed(0)
+    Transformer(ModelConfig(model_type="qwen2", vocab_size=270, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                            num_attention_heads=2, num_key_value_heads=1, head_dim=16)).save_pretrained(folder)
+    bpe.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("part", ["all", "embeddings"])
+def test_a_pretrained_model_is_extended_trained_exported_and_sampled(few, tmp_path, part):
+    """Image rows that start inside the embedding's padding rows, frozen new rows, or an export that nobody can open."""
+    folder, out = pretrained_folder(tmp_path / "qwen"), tmp_path / "run"
+    flags = [f for f in tiny_flags() if f not in ("--words", "64")]
+    train.main(["--init", str(folder), "--train", part, "--lr_adam", "1e-3", "--context", "256", "--out", str(out), *flags])
+    old, new = Transformer.from_pretrained(folder).state_dict(), weights(out)
+    table = new["model.embed_tokens.weight"]
+    run = sample.load(out, device="cpu")
+    assert run.vocab.image_start == 270 and run.vocab.boi == 258 and len(table) == 270 + 16
+    assert len(set(table[270:, 0].tolist())) == 16
+    same = [torch.equal(old[name], new[name][:len(old[name])]) for name in old]
+    assert all(same) if part == "embeddings" else not any(same[:2])
+    sample.main(["export", str(tmp_path / "export"), "--run", str(out), "--device", "cpu"])
+    again = sample.load(tmp_path / "export", device="cpu")
+    assert again.vocab == run.vocab and again.sampling == sample.LIQUID and (tmp_path / "export" / "tokenizer.json").exists()
+    drawn = [sample.text_to_image(r, ["a red circle"])[0].tobytes() for r in (run, again)]
+    assert drawn[0] == drawn[1]
+    transformers = pytest.importorskip("transformers")
+    ids = torch.tensor([[1, 2, 280]])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)(ids).logits
+    assert torch.allclose(theirs, again.model(ids), atol=1e-4)
+
+
+def test_a_hub_name_is_downloaded_and_a_failure_is_one_sentence(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, allow_patterns: str(tmp_path / name))
+    assert train.fetch("google/gemma-3-270m") == tmp_path / "google/gemma-3-270m"
+    def fails(*_, **__):
+        raise OSError("no network")
+    monkeypatch.setattr(hub, "snapshot_download", fails)
+    with pytest.raises(ValueError, match="google/gemma-3-270m"):
+        train.fetch("google/gemma-3-270m")
+
+
 @pytest.mark.slow
 def test_two_processes_make_the_loss_curve_of_one(tmp_path):
     """Ranks that repeat each other's examples, or a mean of means."""
@@ -200,10 +253,11 @@ def test_two_processes_make_the_loss_curve_of_one(tmp_path):
         (pictures / f"{i}.txt").write_text(p.captions[0])
     flags = [*tiny_flags(), "--data", str(pictures), "--mix", "t2i=1,i2t=1", "--workers", "0", "--eval_n", "0"]
     env = dict(os.environ, OMP_NUM_THREADS="1")
-    for name, launch in (("one", [sys.executable]), ("two", [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"])):
+    two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    for name, launch in (("one", [sys.executable]), ("two", two)):
         subprocess.run([*launch, str(ROOT / "train.py"), "--out", str(tmp_path / name), *flags], check=True, env=env, timeout=300)
-    one, two = ([json.loads(x) for x in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two"))
-    losses = [[x["loss"] for x in lines if x["act"] == 3 and "loss" in x] for lines in (one, two)]
+    logs = ([json.loads(x) for x in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two"))
+    losses = [[x["loss"] for x in lines if x["act"] == 3 and "loss" in x] for lines in logs]
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 
