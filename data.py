@@ -502,7 +502,7 @@ def scenes(count, seed, name, side=64, unseen=False, skip=()) -> list[Picture]:
         if len(pictures) == count:
             return pictures
         captions, pairs = [describe(scene, rng) for _ in range(4)], questions(scene, rng)
-        talks = [rng.sample(pairs, 4) for _ in range(4)]        # four questions about a picture cost little more than one
+        talks = [rng.sample(pairs, min(8, len(pairs))) for _ in range(4)]    # eight questions about a picture cost little more than one
         pictures.append(Picture(f"{name}/{i}", partial(draw, scene, side), captions, talks))
 
 
@@ -512,7 +512,7 @@ def built_in(seed, side=64, train=20000, val=400, unseen=200) -> dict[str, Split
     held_out, rng = scenes(val, seed, "val", side), random.Random(f"{seed}/text")
     known = {p.open.args[0] for p in held_out}
     paragraphs = "\n\n".join(topics[key] for key in sorted(topics)).split("\n\n")
-    english = passages("\n\n".join(dict.fromkeys(paragraphs)))       # the topics repeat each other
+    english = list(dict.fromkeys(passages("\n\n".join(dict.fromkeys(paragraphs)))))     # the topics repeat each other
     statements = [statement(rng) for _ in range(len(english))]
     train_texts, val_texts = hold_out(english)
     return {"train": Split(scenes(train, seed, "train", side, skip=known), train_texts + statements),

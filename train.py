@@ -80,7 +80,7 @@ class Config:
     adversarial_start: float = 0.5      # share of the steps before it begins
     # act 3, the transformer
     steps: int | None = None
-    mix: str = "t2i=6,i2t=3,vqa=5,text=1"
+    mix: str = "t2i=6,i2t=2,vqa=3,text=1"
     rows: int = 16                      # of a batch, over all processes
     context: int | None = None          # positions of a row
     accumulate: int = 1                 # parts that a batch is computed in, to save memory
@@ -142,7 +142,7 @@ def parse_mix(text) -> dict[str, float]:
     except ValueError:
         mix = {}
     if not mix or set(mix) - set(data.TASKS) or min(mix.values()) < 0 or not sum(mix.values()):
-        raise ValueError(f"--mix {text}: expected something like t2i=6,i2t=3,vqa=5,text=1")
+        raise ValueError(f"--mix {text}: expected something like t2i=6,i2t=2,vqa=3,text=1")
     return mix
 
 
@@ -154,7 +154,7 @@ def resolve(cfg, splits, vqgan=None) -> Config:
     chosen = dict(patch=8 if scenic else 4, ch_mult=(1, 1) if scenic else (1, 2),
                   codes=512 if scenic else 1024, words=1024 if scenic else 4096,
                   vq_steps=800 if scenic else min(20_000, 600 + pictures // 4),
-                  steps=1400 if scenic else min(50_000, 600 + pictures // 2),
+                  steps=1550 if scenic else min(50_000, 600 + pictures // 2),
                   workers=0 if scenic else min(4, os.cpu_count() or 1))
     cfg = dataclasses.replace(cfg, **{k: v for k, v in chosen.items() if getattr(cfg, k) is None})
     f = cfg.patch * 2 ** (len(cfg.ch_mult) - 1)
