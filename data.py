@@ -502,7 +502,7 @@ def scenes(count, seed, name, side=64, unseen=False, skip=()) -> list[Picture]:
         if len(pictures) == count:
             return pictures
         captions, pairs = [describe(scene, rng) for _ in range(4)], questions(scene, rng)
-        talks = [rng.sample(pairs, min(8, len(pairs))) for _ in range(4)]    # eight questions about a picture cost little more than one
+        talks = [rng.sample(pairs, min(8, len(pairs))) for _ in range(4)]   # eight questions cost little more than one
         pictures.append(Picture(f"{name}/{i}", partial(draw, scene, side), captions, talks))
 
 
