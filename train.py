@@ -674,7 +674,6 @@ def train_transformer(cfg, splits, vqgan, process, log):
             model.train()
         if step % cfg.save_every == cfg.save_every - 1 or last:
             save(step + 1, position)
-        since = time.time() if last else since
     if loader.dropped:
         process.print(f"{loader.dropped} examples were longer than --context {cfg.context} and left out")
 
