@@ -3,8 +3,10 @@
     python train.py                                          # laptop: built-in scenes, all acts, scores, runs/demo
     python train.py --data FOLDER --text FILE --out RUN      # your pictures (name.png + name.txt) and your text
     python train.py --init google/gemma-3-270m --vqgan vqgan.ckpt --data FOLDER --out RUN      # start from real weights
-    torchrun --nproc_per_node 4 train.py --out RUN           # the same on 4 processes (NCCL on GPUs, gloo on CPUs)
     python train.py --preset gpu --data FOLDER --out RUN     # one GPU: 256x256 pixels, 256 codes
+    torchrun --nproc_per_node 4 train.py --out RUN           # the same on 4 processes (NCCL on GPUs, gloo on CPUs)
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py --shard --out RUN
+                                                             # on each of 2 nodes that see one RUN: weights cut up (FSDP2)
 
 `python train.py --help` lists every flag with its default. A run folder holds config.json, vqgan.pt, codes/, model.pt,
 log.jsonl and samples/; `--resume` goes on with one that was interrupted.
@@ -21,17 +23,26 @@ import sys
 import time
 import types
 import typing
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import lru_cache, partial
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
 import sample
-from model import Block, ModelConfig, Transformer
+from model import ModelConfig, Transformer
 from vqgan import (Discriminator, Perceptual, ResnetBlock, VQGAN, VQGANConfig, adaptive_weight, discriminator_loss, distances,
                    draw_far, generator_loss, kmeans, usage)
 
@@ -49,6 +60,8 @@ class Config:
     device: str = "auto"                # cuda, mps or cpu; auto takes the first there is
     workers: int | None = None          # processes that read pictures
     compile: bool = False               # torch.compile each block
+    checkpointing: bool = False         # compute each block's activations again in backward, to save memory
+    shard: bool = False                 # cut weights, gradients and optimizer states up among the processes (FSDP2)
     save_every: int = 500               # steps between checkpoints
     eval_every: int = 500               # steps between validation losses and pictures in samples/
     log_every: int = 20                 # steps between lines of log.jsonl
@@ -178,7 +191,7 @@ def typical_size(pictures, f, most=128):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Processes, logs, schedule, optimizers
+# Processes and logs
 
 @dataclass
 class Process:
@@ -201,11 +214,23 @@ class Process:
             dist.all_reduce(tensor)
         return tensor
 
-    def sum_gradients(self, parameters):
+    def agree(self, tensor):
+        """In place, what the first process has: GPUs add in no fixed order."""
         if self.world > 1:
-            for p in parameters:
-                if p.grad is not None:
-                    dist.all_reduce(p.grad)
+            dist.broadcast(tensor, 0)
+        return tensor
+
+    def sum_gradients(self, parameters):
+        """In place, over all processes, as one message."""
+        if self.world > 1:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            flat = self.sum(torch.cat([g.flatten() for g in gradients]))
+            for g, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+                g.copy_(part.view_as(g))
+
+    def autocast(self, wanted=True):
+        """bf16 on CUDA."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted and self.device.type == "cuda")
 
     def wait(self):
         if self.world > 1:
@@ -219,8 +244,8 @@ def set_up(cfg) -> Process:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if not dist.is_initialized():       # the others wait while one draws, or encodes what is left
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     return Process(dist.get_rank() if world > 1 else 0, world, device)
 
 
@@ -240,6 +265,78 @@ class Log:
             with open(self.path, "a") as file:
                 file.write(json.dumps(dict(act=act, step=step, **values)) + "\n")
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wide: what wraps the model, which knows nothing of it
+
+def parallel(cfg, model, process):
+    """Activation checkpointing, then compilation of each block, then data parallelism with whole or cut-up weights.
+
+    -> what to call in place of the model; in backward it averages gradients over the processes.
+    """
+    for block in model.model.layers:
+        if cfg.checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if cfg.compile:
+            block.forward = torch.compile(block.forward)
+    if process.world == 1:
+        return model.to(process.device)
+    if not cfg.shard:
+        return DistributedDataParallel(model.to(process.device), gradient_as_bucket_view=True)
+    mesh = init_device_mesh(process.device.type, (process.world,))
+    bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)     # angles stay in float32
+    policy = bf16 if process.device.type == "cuda" else MixedPrecisionPolicy()
+    for part in (*model.model.layers, model):       # each moves to the device and is cut up before the next
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    return model
+
+
+@contextmanager
+def gathered_weights(model):
+    """Whole weights on every process, each of which may then run what it likes; a model that is not cut up has them anyway."""
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    yield
+    for part in parts:
+        part.set_reshard_after_forward(part is not model, recurse=False)
+        part.reshard()
+
+
+def full(x):
+    """The whole of a tensor that is cut up; all processes call this together."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def shard_like(p, x):
+    """This process's part of a whole tensor x, cut up as p is: the inverse of `full`."""
+    if not isinstance(p, DTensor):
+        return x
+    return DTensor.from_local(x, p.device_mesh, [Replicate()], run_check=False).redistribute(placements=p.placements)
+
+
+def gathered_state(state, process):
+    """A state dict of whole tensors on the CPU of the first process, whatever was cut up; all processes call this together."""
+    if isinstance(state, dict):
+        return {k: gathered_state(v, process) for k, v in state.items()}
+    if isinstance(state, DTensor):
+        state = full(state)
+        return state.cpu() if process.first else None
+    return state
+
+
+def load_optimizers(optimizers, states):
+    """The inverse, for optimizers of whole or cut-up parameters."""
+    for optimizer, state in zip(optimizers, states):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        values = {i: {k: shard_like(parameters[i], v) if v.shape == parameters[i].shape else v for k, v in one.items()}
+                  for i, one in state["state"].items()}
+        optimizer.load_state_dict({**state, "state": values})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedule and optimizers
 
 def schedule(step, steps, warmup, decay=1.0):
     """Factor of the learning rate: up over the share `warmup`, then 1, then along a cosine to 0 over the share `decay`."""
@@ -272,18 +369,17 @@ class Muon(torch.optim.Optimizer):
                     continue
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(momentum, group["momentum"]).flatten(1)        # Nesterov
+                update = full(p.grad.lerp(momentum, group["momentum"])).flatten(1)  # Nesterov
                 update = orthogonalize(update) * max(1, update.shape[0] / update.shape[1]) ** 0.5
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.view_as(p), alpha=-group["lr"])
+                p.add_(shard_like(p, update.view(p.shape)), alpha=-group["lr"])
 
 
 def make_optimizers(matrices, parameters, lr, lr_adam, weight_decay=0.0, betas=(0.9, 0.95)):
     """Muon for `matrices`, AdamW for the other parameters; each group remembers its peak learning rate."""
     chosen = set(matrices)
     rest = [p for p in parameters if p.requires_grad and p not in chosen]
-    fused = bool(rest) and rest[0].device.type == "cuda"
-    optimizers = [torch.optim.AdamW(rest, lr=lr_adam, betas=betas, weight_decay=weight_decay, fused=fused)] if rest else []
+    optimizers = [torch.optim.AdamW(rest, lr=lr_adam, betas=betas, weight_decay=weight_decay, fused=True)] if rest else []
     optimizers += [Muon(matrices, lr, weight_decay=weight_decay)] if matrices else []
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -307,13 +403,13 @@ def step_all(optimizers):
 # Act 1: the tokenizer
 
 def collate(items):
-    """Keep what could be read: uint8 tensors -> (B, 3, H, W) or None, and the sentences about the others."""
+    """uint8 tensors of what could be read -> (B, 3, H, W) or None; and for each item None, or why it could not be read."""
     pixels = [x for x in items if torch.is_tensor(x)]
-    return torch.stack(pixels) if pixels else None, [x for x in items if isinstance(x, str)]
+    return torch.stack(pixels) if pixels else None, [x if isinstance(x, str) else None for x in items]
 
 
 def pixel_batches(cfg, pictures, indices):
-    """Lists of indices -> (pixels (B, 3, H, W) in [-1, 1] or None, sentences about unreadable pictures), read by workers."""
+    """Lists of indices -> (pixels (B, 3, H, W) in [-1, 1] or None, for each index None or an error), read by workers."""
     loader = torch.utils.data.DataLoader(data.Pixels(pictures, cfg.image_size, cfg.pad), batch_sampler=indices,
                                          num_workers=cfg.workers, collate_fn=collate)
     for pixels, errors in loader:
@@ -331,13 +427,13 @@ def seeded(cfg, step):
     return torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
 
 
-def gathered(process, vectors):
-    """The same (n, e) vectors on every process: those of all of them."""
+def gathered(process, x):
+    """(n, ...), n of any size on each process -> those of all, in the order of one process: rank r has items r, r + world, ..."""
     if process.world == 1:
-        return vectors
-    parts = [torch.empty_like(vectors) for _ in range(process.world)]
-    dist.all_gather(parts, vectors.contiguous())
-    return torch.cat(parts)
+        return x
+    parts = [None] * process.world
+    dist.all_gather_object(parts, x.cpu())
+    return torch.stack([item for row in zip_longest(*parts) for item in row if item is not None]).to(x.device)
 
 
 def start_codebook(cfg, model, pictures, process):
@@ -349,17 +445,17 @@ def start_codebook(cfg, model, pictures, process):
         vectors = torch.cat([model.quantize.vectors(model.latents(pixels.to(process.device)))
                              for pixels, _ in pixel_batches(cfg, pictures, parts) if pixels is not None])
         centres = kmeans(vectors, cfg.codes, generator=seeded(cfg, 0))
-        model.quantize.replace(torch.arange(cfg.codes, device=process.device), centres)
+        model.quantize.replace(torch.arange(cfg.codes, device=process.device), process.agree(centres))
 
 
 def restart_codes(cfg, model, pixels, counts, step, process):
     """Codes that nothing was assigned to move to badly served vectors of the batch, the same ones on every process."""
     dead = (counts == 0).nonzero().flatten()
     with torch.no_grad():
-        vectors = gathered(process, model.quantize.vectors(model.latents(pixels)))
+        vectors = model.quantize.vectors(gathered(process, model.latents(pixels)))
     if len(dead):
         squared, _ = distances(vectors, model.quantize.codebook())
-        model.quantize.replace(dead, vectors[draw_far(squared, len(dead), seeded(cfg, step))])
+        model.quantize.replace(dead, process.agree(vectors[draw_far(squared, len(dead), seeded(cfg, step))]))
 
 
 def save_reconstructions(cfg, vqgan, splits, process):
@@ -427,6 +523,7 @@ def train_tokenizer(cfg, splits, process, log):
         if pixels is None:
             raise ValueError(f"no picture of a whole batch could be read; the first: {errors[0]}")
         pixels = pixels.to(process.device)
+        share = len(pixels) / process.sum(torch.tensor(float(len(pixels)), device=process.device))
         set_rate(optimizers, schedule(step, cfg.vq_steps, 0.03, decay=0.6))
         if step == quantize_from:
             start_codebook(cfg, model, pictures, process)
@@ -440,12 +537,12 @@ def train_tokenizer(cfg, splits, process, log):
         if adversary:
             g_loss = generator_loss(adversary, out.pixels)
             loss = loss + cfg.adversarial * adaptive_weight(reconstruction, g_loss, model.decoder.conv_out.weight) * g_loss
-        (loss / process.world).backward()
+        (loss * share).backward()
         process.sum_gradients(model.parameters())
         step_all(optimizers)
         if adversary:
             adversary.zero_grad(set_to_none=True)       # what the generator's loss left there
-            (discriminator_loss(adversary, pixels, out.pixels) / process.world).backward()
+            (discriminator_loss(adversary, pixels, out.pixels) * share).backward()
             process.sum_gradients(adversary.parameters())
             step_all(d_optimizers)
         if step >= quantize_from:
@@ -457,9 +554,10 @@ def train_tokenizer(cfg, splits, process, log):
                     restart_codes(cfg, model, pixels, counts, step, process)
                 counts.zero_()
         if step % cfg.log_every == cfg.log_every - 1:
-            psnr = -10 * math.log10(error.square().mean().item() / 4 + 1e-10)
-            log.write(1, step + 1, loss=loss.item(), psnr=psnr)
-            bar.set_postfix_str(f"loss {loss.item():.3f} psnr {psnr:.1f} dB")
+            mean, square = process.sum(torch.stack([loss.detach(), error.detach().square().mean()]) * share).tolist()
+            psnr = -10 * math.log10(square / 4 + 1e-10)
+            log.write(1, step + 1, loss=mean, psnr=psnr)
+            bar.set_postfix_str(f"loss {mean:.3f} psnr {psnr:.1f} dB")
         if step % cfg.save_every == cfg.save_every - 1 or step + 1 == cfg.vq_steps:
             save(step + 1)
         if step % cfg.eval_every == cfg.eval_every - 1:
@@ -505,14 +603,11 @@ def encode_shard(cfg, vqgan, pictures, path, fingerprint, device):
     """-> sentences about pictures that could not be read"""
     skipped, done = [], [p for p in pictures if p.codes is not None]
     todo = [p for p in pictures if p.codes is None]
-    for start in range(0, len(todo), 64):
-        part, kept = todo[start:start + 64], []
-        pixels = data.Pixels(part, cfg.image_size, cfg.pad)
-        for p, x in zip(part, (pixels[i] for i in range(len(part)))):
-            skipped.append(x) if isinstance(x, str) else kept.append((p, x))
-        if kept:
-            codes = vqgan.encode((torch.stack([x for _, x in kept]).to(device).float() / 127.5 - 1)).cpu()
-            done += [dataclasses.replace(p, codes=c) for (p, _), c in zip(kept, codes)]
+    parts = sample.batches(range(len(todo)), 64)
+    for part, (pixels, errors) in zip(parts, pixel_batches(cfg, todo, parts)):
+        codes = iter(() if pixels is None else vqgan.encode(pixels.to(device)).cpu())
+        done += [dataclasses.replace(todo[i], codes=next(codes)) for i, error in zip(part, errors) if error is None]
+        skipped += filter(None, errors)
     data.write_shard(path, done, fingerprint)
     return skipped
 
@@ -592,6 +687,42 @@ def validate(model, tasks, vocab, tokenizer, cfg, process, most=96) -> dict[str,
     return result
 
 
+@lru_cache
+def peak(device) -> float:
+    """FLOP/s of a large matrix product in the precision of training: the best of four."""
+    n, dtype, times = (8192, torch.bfloat16, []) if device.type == "cuda" else (2048, torch.float32, [])
+    a = torch.linspace(-1, 1, n * n, device=device).to(dtype).view(n, n)
+    for _ in range(4):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()        # waits for the device
+        times.append(time.perf_counter() - start)
+    return 2 * n ** 3 / min(times)
+
+
+class Meter:
+    """What training achieves: tokens/s, MFU (PaLM, appendix B), and the shares of time spent waiting and of padding.
+
+    MFU counts what the mathematics needs: no padding, nothing computed twice, a head for targets only, and keys that are seen.
+    """
+    def __init__(self, model, process):
+        c, self.process, self.since = model.config, process, time.perf_counter()
+        self.block = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
+        self.head, self.key = c.vocab_size * c.hidden_size, 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim
+        self.flops = self.waited = self.tokens = self.slots = 0
+
+    def count(self, batch, waited):
+        """A batch of this process, and the seconds that it was late."""
+        real, targets = batch.documents >= 0, (batch.targets != data.IGNORE).sum().item()
+        tokens, keys = real.sum().item(), (batch.positions[real] + 1).sum().item()
+        self.flops += 6 * (self.block * tokens + self.head * targets + self.key * keys)
+        self.waited, self.tokens, self.slots = self.waited + waited, self.tokens + tokens, self.slots + real.numel()
+
+    def read(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self.since
+        return dict(tokens_per_s=self.slots * self.process.world / seconds, mfu=self.flops / seconds / peak(self.process.device),
+                    waiting=self.waited / seconds, padding=1 - self.tokens / self.slots)
+
+
 def train_transformer(cfg, splits, vqgan, process, log):
     """-> RUN/model.pt"""
     path, grid = Path(cfg.out) / "model.pt", tuple(splits["train"].pictures[0].codes.shape)
@@ -601,15 +732,16 @@ def train_transformer(cfg, splits, vqgan, process, log):
     torch.manual_seed(cfg.seed)
     tokenizer, vocab = (data.load_tokenizer(saved["tokenizer"]), data.Vocab(**saved["vocab"])) if saved else \
         text_side(cfg, splits["train"], vqgan)
-    model = build_model(cfg, vocab, vqgan).to(process.device)
+    model = build_model(cfg, vocab, vqgan)
+    if saved:
+        model.load_state_dict(saved["model"])
+    wide = parallel(cfg, model, process)
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2] if cfg.optimizer == "muon" else []
     optimizers = make_optimizers(matrices, model.parameters(), cfg.lr, cfg.lr_adam, cfg.weight_decay)
     start, position = 0, None
     if saved:
         start, position = saved["step"], saved["data"]
-        model.load_state_dict(saved["model"])
-        for optimizer, state in zip(optimizers, saved["optimizer"]):
-            optimizer.load_state_dict(state)
+        load_optimizers(optimizers, saved["optimizer"])
     log.rewind(3, start)
     process.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {vocab.image_start} rows for text, "
                   f"{vocab.image_size} for codes, {grid[0]}x{grid[1]} codes a picture")
@@ -622,57 +754,65 @@ def train_transformer(cfg, splits, vqgan, process, log):
         raise ValueError(f"--rows {cfg.rows} is not a multiple of {process.world} processes times --accumulate {cfg.accumulate}")
 
     def save(step, position):
+        weights, *states = [gathered_state(x.state_dict(), process) for x in (model, *optimizers)]
         if process.first:
             data.save_atomically(dict(
-                format="nanoLiquid model 1", model=model.state_dict(), optimizer=[o.state_dict() for o in optimizers],
+                format="nanoLiquid model 1", model=weights, optimizer=states,
                 step=step, config=asdict(cfg), model_config=asdict(model.config), vocab=asdict(vocab),
                 tokenizer=tokenizer.state(), data=position, random_state=torch.get_rng_state(),
                 fingerprint=vqgan.fingerprint(), grid=grid), path)
 
+    def evaluate(model, step):
+        losses = validate(model, held_out, vocab, tokenizer, cfg, process)
+        log.write(3, step, **{f"val_{task}": loss for task, loss in losses.items()})
+        process.print(f"step {step}: held-out loss " + ", ".join(f"{task} {loss:.3f}" for task, loss in losses.items()))
+        if process.first and held_out["t2i"]:
+            run = sample.Run(model, vqgan, vocab, tokenizer, grid, cfg.pad, asdict(cfg))
+            images = sample.text_to_image(run, [p.captions[0] for p in held_out["t2i"][:16]])
+            data.grid(images, 8).save(Path(cfg.out) / "samples" / f"drawn-{step:06d}.png")
+
     # The loop:
-    if cfg.compile:
-        for block in model.modules():
-            if isinstance(block, Block):
-                block.compile()
-    tokens, since = 0, time.time()
+    batches, recent, overall = data.ahead(iter(loader)), Meter(model, process), Meter(model, process)
     bar = tqdm(range(start, cfg.steps), "3 transformer", initial=start, total=cfg.steps, disable=not process.first)
-    for step, (batch, position) in zip(bar, data.ahead(iter(loader))):
+    for step in bar:
+        asked = time.perf_counter()
+        batch, position = next(batches)
+        for meter in (recent, overall):
+            meter.count(batch, time.perf_counter() - asked)
         batch = batch.to(process.device)
         set_rate(optimizers, schedule(step, cfg.steps, cfg.warmup, decay=0.7 if cfg.optimizer == "muon" else 1.0))
         # A drawing has many targets and a caption few: the sum over all is divided once, by the number of all, everywhere.
         targets = process.sum((batch.targets != data.IGNORE).sum())
         by_task = torch.zeros(2, len(data.TASKS), device=process.device)
-        for ids, wanted, positions, documents, kinds in zip(*(x.chunk(cfg.accumulate) for x in batch)):
-            with torch.autocast(process.device.type, torch.bfloat16, enabled=process.device.type == "cuda"):
-                nll = model(ids, wanted, positions, documents, z_loss=cfg.z_loss)
-            (nll.sum() / targets).backward()
+        for part, (ids, wanted, positions, documents, kinds) in enumerate(zip(*(x.chunk(cfg.accumulate) for x in batch)), 1):
+            wide.require_backward_grad_sync = part == cfg.accumulate        # what DDP's no_sync sets
+            with process.autocast():
+                nll = wide(ids, wanted, positions, documents, z_loss=cfg.z_loss)
+            (nll.sum() * process.world / targets).backward()                # averaged over the processes: a sum
             learned = wanted != data.IGNORE
             by_task[0].index_add_(0, kinds[learned], nll.detach()[learned])
             by_task[1].index_add_(0, kinds[learned], torch.ones_like(nll[learned]))
-        process.sum_gradients(model.parameters())
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        norm = full(nn.utils.clip_grad_norm_(model.parameters(), cfg.clip))
         step_all(optimizers)
-        tokens += batch.ids.numel() * process.world
         if step % cfg.log_every == cfg.log_every - 1:
             sums, counts = process.sum(by_task).tolist()
-            rate, tokens, since = tokens / (time.time() - since), 0, time.time()
+            speed, recent = recent.read(), Meter(model, process)
             each = {task: s / c for task, s, c in zip(data.TASKS, sums, counts) if c}
-            log.write(3, step + 1, loss=sum(sums) / sum(counts), norm=norm.item(), tokens_per_s=rate, **each,
-                      padding=(batch.documents < 0).float().mean().item())
-            bar.set_postfix_str(f"loss {sum(sums) / sum(counts):.3f}, {rate / 1000:.1f}k tokens/s")
+            log.write(3, step + 1, loss=sum(sums) / sum(counts), norm=norm.item(), **each, **speed)
+            bar.set_postfix_str(f"loss {sum(sums) / sum(counts):.3f}, {speed['tokens_per_s'] / 1000:.1f}k tokens/s")
         last = step + 1 == cfg.steps
         if step % cfg.eval_every == cfg.eval_every - 1 or last:
-            model.eval()
-            losses = validate(model, held_out, vocab, tokenizer, cfg, process)
-            log.write(3, step + 1, **{f"val_{task}": loss for task, loss in losses.items()})
-            process.print(f"step {step + 1}: held-out loss " + ", ".join(f"{task} {loss:.3f}" for task, loss in losses.items()))
-            if process.first and held_out["t2i"]:
-                run = sample.Run(model, vqgan, vocab, tokenizer, grid, cfg.pad, asdict(cfg))
-                images = sample.text_to_image(run, [p.captions[0] for p in held_out["t2i"][:16]])
-                data.grid(images, 8).save(Path(cfg.out) / "samples" / f"drawn-{step + 1:06d}.png")
+            paused = time.perf_counter()
+            with gathered_weights(model), process.autocast(cfg.shard):     # weights cut up are gathered in bf16
+                evaluate(model.eval(), step + 1)
             model.train()
+            for meter in (recent, overall):
+                meter.since += time.perf_counter() - paused
         if step % cfg.save_every == cfg.save_every - 1 or last:
             save(step + 1, position)
+    if start < cfg.steps:
+        process.print("{tokens_per_s:.0f} tokens/s, MFU {mfu:.1%}, waiting for data {waiting:.2%} of the time, "
+                      "padding {padding:.1%} of the positions".format(**overall.read()))
     if loader.dropped:
         process.print(f"{loader.dropped} examples were longer than --context {cfg.context} and left out")
 
@@ -723,7 +863,8 @@ def configure(argv=None) -> Config:
         raise ValueError(f"--out {out}: there is a run already; go on with --resume, or delete it with --overwrite")
     if given.get("resume") and (out / "config.json").exists():
         stored = json.loads((out / "config.json").read_text())
-        free = ("out", "resume", "overwrite", "device", "workers", "compile", "save_every", "eval_every", "log_every", "eval_n")
+        free = ("out", "resume", "overwrite", "device", "workers", "compile", "checkpointing", "shard",
+                "save_every", "eval_every", "log_every", "eval_n")
         clash = [f"--{k}" for k, v in given.items() if k not in free and stored[k] != (list(v) if isinstance(v, tuple) else v)]
         if clash:
             raise ValueError(f"--resume: {', '.join(clash)} differ from the run in {out} (see its config.json)")
