@@ -611,9 +611,13 @@ def read_pictures(path) -> list[Picture]:
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
+def picture_files(folder) -> list[Path]:
+    return sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in SUFFIXES)
+
+
 def read_folder(path) -> list[Picture]:
     pictures = []
-    for file in sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES):
+    for file in picture_files(path):
         text, extra = file.with_suffix(".txt"), file.with_suffix(".json")
         pictures.append(annotated(str(file), partial(load_image, file), read_utf8(text) if text.exists() else None,
                                   read_utf8(extra) if extra.exists() else None))

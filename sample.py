@@ -3,6 +3,8 @@
     python sample.py t2i "a small red star at the top left on a navy background" --run runs/demo --out star.png
     python sample.py t2i --prompts prompts.txt --save-dir drawn --run runs/demo     # one picture a line
     python sample.py i2t picture.png --run runs/demo
+    python sample.py i2t FOLDER --save-dir captions --run runs/demo                 # one .txt a picture
+    torchrun --nproc_per_node 4 sample.py t2i --prompts ...                         # shared out; both go on where they stopped
     python sample.py vqa picture.png "how many shapes are there?" --run runs/demo
     python sample.py text "A yield expression" --run runs/demo
     python sample.py eval --run runs/demo                                           # a table, and one JSON line last
@@ -14,6 +16,7 @@ B rows   T positions   V rows of the table that may be chosen   D hidden size   
 import argparse
 import json
 import math
+import os
 import shutil
 import sys
 from collections import Counter, defaultdict
@@ -150,7 +153,7 @@ def device_of(name="auto"):
     """cuda, else mps, else cpu."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return torch.device(name)
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
 
 
 LIQUID = Sampling(guidance=7.0, temperature=0.99, top_k=4096, top_p=0.96)     # the official inference_t2i.py
@@ -246,23 +249,23 @@ def encode(run, images):
     return run.vqgan.encode(torch.cat([data.to_pixels(data.fit(image, size, run.pad)) for image in images]).to(run.device))
 
 
-def write(run, prompts, n, sampling=None):
-    """Continue prompts (lists of ids) with up to n tokens of text -> strings."""
+def write(run, prompts, n, sampling=None, numbers=None):
+    """Continue prompts (lists of ids) with up to n tokens of text -> strings; numbers as in text_to_image."""
     s, texts = sampling or replace(run.sampling, temperature=0.0), []
     stop = {run.vocab.eos, *run.tokenizer.stops}
-    for part in batches(prompts, s.batch):
-        numbers = range(len(texts), len(texts) + len(part))
-        ids = generate(run.model, part, n, run.vocab.text_rows, None, 1.0, s.temperature, s.top_k, s.top_p, stop,
-                       generators(run, s, numbers))
+    for part in batches(list(zip(prompts, range(len(prompts)) if numbers is None else numbers)), s.batch):
+        ids = generate(run.model, [p for p, _ in part], n, run.vocab.text_rows, None, 1.0, s.temperature, s.top_k, s.top_p, stop,
+                       generators(run, s, [i for _, i in part]))
         for row in ids.tolist():
             end = next((i for i, token in enumerate(row) if token in stop), n)
             texts.append(run.tokenizer.decode(row[:end]))
     return texts
 
 
-def caption(run, images, sampling=None, n=80):
+def caption(run, images, sampling=None, n=80, numbers=None):
     """Images -> captions."""
-    return write(run, [data.render_i2t(run.vocab, run.tokenizer, codes)[0] for codes in encode(run, images)], n, sampling)
+    prompts = [data.render_i2t(run.vocab, run.tokenizer, codes)[0] for codes in encode(run, images)]
+    return write(run, prompts, n, sampling, numbers)
 
 
 def answer(run, images, questions, sampling=None, n=40):
@@ -388,6 +391,19 @@ def print_scores(scores):
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
+def put(path, write):
+    """Let `write` fill another file, which then takes its name: a file that is there is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(part := path.with_name(path.name + ".partial"))
+    os.replace(part, path)
+
+
+def missing(paths):
+    """Numbers of the files that are not there yet; torchrun's processes take every world-th of them each."""
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    return [i for i in range(rank, len(paths), world) if not paths[i].exists()]
+
+
 def draw_command(run, args, sampling):
     prompts = [line for line in data.read_utf8(args.prompts).splitlines() if line.strip()] if args.prompts else [args.prompt]
     if prompts == [None]:
@@ -395,13 +411,26 @@ def draw_command(run, args, sampling):
     if not args.prompts:
         text_to_image(run, prompts, sampling)[0].save(args.out)
         return print(args.out)
-    folder = Path(args.save_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [i for i in range(len(prompts)) if not (folder / f"{i:05d}.png").exists()]
-    for part in tqdm(batches(missing, sampling.batch), desc="draw"):
+    paths = [Path(args.save_dir, f"{i:05d}.png") for i in range(len(prompts))]
+    for part in tqdm(batches(missing(paths), sampling.batch), desc="draw"):
         for i, image in zip(part, text_to_image(run, [prompts[i] for i in part], sampling, part)):
-            image.save(folder / f"{i:05d}.png")
-    print(f"{len(missing)} pictures drawn, {len(prompts) - len(missing)} were there: {folder}")
+            put(paths[i], lambda path: image.save(path, "PNG"))
+
+
+def caption_command(run, args, sampling):
+    if not Path(args.picture).is_dir():
+        return print(caption(run, [data.load_image(args.picture)], sampling, args.n)[0])
+    files = data.picture_files(args.picture)
+    paths = [Path(args.save_dir, file.relative_to(args.picture)).with_suffix(".txt") for file in files]
+    for part in tqdm(batches(missing(paths), sampling.batch), desc="caption"):
+        images = {}
+        for i in part:
+            try:
+                images[i] = data.load_image(files[i])
+            except ValueError as error:
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+        for i, words in zip(images, caption(run, list(images.values()), sampling, args.n, list(images)) if images else ()):
+            put(paths[i], lambda path: path.write_text(words + "\n", encoding="utf-8"))
 
 
 def parser():
@@ -411,7 +440,7 @@ def parser():
                              "eval": [], "export": ["folder"]}.items():
         p = commands.add_parser(name)
         for argument in positional:
-            p.add_argument(argument, nargs="?" if name == "t2i" else None)
+            p.add_argument(argument, nargs="?" if name == "t2i" else None, help="or a folder" if name == "i2t" else None)
         p.add_argument("--run", default="runs/demo", help="a run folder")
         p.add_argument("--vqgan", help="another VQGAN than the run's own")
         p.add_argument("--device", default="auto")
@@ -419,10 +448,11 @@ def parser():
         p.add_argument("--n", type=int, default=200 if name == "eval" else 80, help="examples to score, or tokens to write")
         for key, default in vars(Sampling()).items():
             p.add_argument(f"--{key.replace('_', '-')}", f"--{key}", type=type(default), help=f"usually {default}")
+        if name in ("t2i", "i2t"):
+            p.add_argument("--save-dir", "--save_dir", default="drawn" if name == "t2i" else "captions", metavar="DIR")
         if name == "t2i":
             p.add_argument("--out", default="out.png")
             p.add_argument("--prompts", metavar="FILE", help="one prompt a line")
-            p.add_argument("--save-dir", "--save_dir", default="drawn", metavar="DIR")
     return top
 
 
@@ -436,7 +466,7 @@ def main(argv=None):
         if args.command == "t2i":
             draw_command(run, args, sampling)
         elif args.command == "i2t":
-            print(caption(run, [data.load_image(args.picture)], words, args.n)[0])
+            caption_command(run, args, words)
         elif args.command == "vqa":
             print(answer(run, [data.load_image(args.picture)], [args.question], words, args.n)[0])
         elif args.command == "text":
