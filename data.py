@@ -886,7 +886,8 @@ def ahead(iterator, depth=2):
         except BaseException as error:      # handed to the reader, who raises it
             hand_over(None, error)
 
-    threading.Thread(target=work, daemon=True).start()
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
     try:
         while entry := items.get():
             item, error = entry
@@ -895,6 +896,7 @@ def ahead(iterator, depth=2):
             yield item
     finally:
         ended.set()
+        thread.join()                       # a thread inside torch would abort the exit of its process
 
 
 def show():

@@ -176,11 +176,11 @@ def steps(config, context):
         ids = torch.randint(0, config.vocab_size, (4, context))
         wide(ids, ids).sum().backward()
         train.step_all(optimizers)
-paper = train.memory(config, 4, 256, checkpointing=checkpointing, mixed=False)
 steps(replace(config, vocab_size=64, num_hidden_layers=1), 8)
 before = peak()
 steps(config, 256)
-print((peak() - before) / paper)
+measured = peak() - before
+print(measured / train.memory(config, 4, 256, checkpointing=checkpointing, mixed=False))
 """
 
 
