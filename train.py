@@ -244,7 +244,7 @@ def set_up(cfg) -> Process:
     if world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        if not dist.is_initialized():       # the others wait while one draws, or encodes what is left
+        if not dist.is_initialized():       # hours, for the others wait while one draws, or encodes what is left
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     return Process(dist.get_rank() if world > 1 else 0, world, device)
 
@@ -769,10 +769,11 @@ class Meter:
     MFU counts what the mathematics needs: no padding, nothing computed twice, a head for targets only, and keys that are seen.
     """
     def __init__(self, model, process):
-        c, self.process, self.since = model.config, process, time.perf_counter()
+        c, self.peak, self.world = model.config, peak(process.device), process.world
         self.block = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
         self.head, self.key = c.vocab_size * c.hidden_size, 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim
         self.flops = self.waited = self.tokens = self.slots = 0
+        self.since = time.perf_counter()
 
     def count(self, batch, waited):
         """A batch of this process, and the seconds that it was late."""
@@ -783,7 +784,7 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         seconds = time.perf_counter() - self.since
-        return dict(tokens_per_s=self.slots * self.process.world / seconds, mfu=self.flops / seconds / peak(self.process.device),
+        return dict(tokens_per_s=self.slots * self.world / seconds, mfu=self.flops / seconds / self.peak,
                     waiting=self.waited / seconds, padding=1 - self.tokens / self.slots)
 
 

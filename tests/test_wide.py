@@ -113,8 +113,8 @@ def train_run(out, **flags):
 
 
 def runs_of_two(folder):
-    train_run(folder / "two")
-    train_run(folder / "shard", shard=True)
+    train_run(folder / "two", accumulate=2)
+    train_run(folder / "shard", shard=True, accumulate=2)
     train_run(folder / "one-half", shard=True, resume=True)
 
 
