@@ -637,9 +637,18 @@ def read_tar(path) -> list[Picture]:
         raise ValueError(f"{path}: not a readable tar file ({error})") from None
 
     def read(place):
-        with open(path, "rb") as file:
-            file.seek(place[0])
-            return file.read(place[1])
+        try:
+            with open(path, "rb") as file:
+                file.seek(place[0])
+                return file.read(place[1])
+        except OSError as error:
+            raise ValueError(f"{path}: no longer readable ({error})") from None
+
+    def note(stem, suffix, place):
+        try:
+            return read(place).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{stem}{suffix}: not a readable UTF-8 text ({error})") from None
 
     def image(name, place):
         buffer = io.BytesIO(read(place))
@@ -650,8 +659,7 @@ def read_tar(path) -> list[Picture]:
     for stem, files in groups.items():
         suffix = next((s for s in SUFFIXES if s in files), None)
         if suffix:
-            name, notes = f"{path}:{stem}{suffix}", [read(files[s]).decode("utf-8-sig", "replace") if s in files else None
-                                                      for s in (".txt", ".json")]
+            name, notes = f"{path}:{stem}{suffix}", [note(stem, s, files[s]) if s in files else None for s in (".txt", ".json")]
             pictures.append(annotated(name, partial(image, name, files[suffix]), *notes))
     return pictures
 
@@ -696,13 +704,15 @@ def picture_of_row(row, path, number) -> Picture:
     def open_at(key):
         file = path.parent / field_of(row, key, path, number)
         return dict(name=str(file), open=partial(load_image, file))
+    def captions(key):
+        return list(filter(None, [field_of(row, key, path, number).strip()]))
     if "vqcode_512" in row:
-        return Picture(f"{path}:{number}", None, [field_of(row, "text", path, number)], codes=codes_of(row, path, number))
+        return Picture(f"{path}:{number}", None, captions("text"), codes=codes_of(row, path, number))
     if "conversations" in row:
         return Picture(**open_at("image"), talks=[talk_of(row, path, number)])
     if "image_path" in row:
-        return Picture(**open_at("image_path"), captions=[field_of(row, "text_prompt", path, number)])
-    return Picture(**open_at("image"), captions=[field_of(row, "text", path, number)])
+        return Picture(**open_at("image_path"), captions=captions("text_prompt"))
+    return Picture(**open_at("image"), captions=captions("text"))
 
 
 class Pixels(torch.utils.data.Dataset):
@@ -724,36 +734,46 @@ class Pixels(torch.utils.data.Dataset):
 # ---------------------------------------------------------------------------------------------------------------------
 # Shards: pictures that are encoded already
 
-def save_atomically(value, path):
-    """torch.save that leaves either the old file or the whole new one, whatever happens meanwhile."""
+def write_atomically(path, write):
+    """Let write(file) fill a file that replaces `path` once it is whole, whatever happens meanwhile; OSError names the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial_file = path.with_name(path.name + ".partial")
     try:
         with open(partial_file, "wb") as file:
-            torch.save(value, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial_file, path)
+    except (OSError, RuntimeError) as error:    # torch.save raises the latter over the file's own error
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise OSError(f"{path}: not written ({reason.strerror}), and left as it was before") from None
     finally:
         partial_file.unlink(missing_ok=True)
 
 
-def write_shard(path, pictures, fingerprint):
-    """Pictures with codes -> one file; fingerprint names the VQGAN that made the codes."""
+def save_atomically(value, path):
+    write_atomically(path, partial(torch.save, value))
+
+
+def write_shard(path, pictures, fingerprint, skipped=None):
+    """Pictures with codes -> one file; fingerprint says how they were made, skipped {name: why} which could not be read."""
     rows = [dict(name=p.name, captions=p.captions, talks=p.talks) for p in pictures]
     codes = torch.stack([p.codes for p in pictures]).to(torch.int32) if pictures else torch.empty(0, 0, 0)
-    save_atomically({"format": "nanoLiquid codes 1", "fingerprint": fingerprint, "codes": codes, "rows": json.dumps(rows)}, path)
+    save_atomically({"format": "nanoLiquid codes 2", "fingerprint": fingerprint, "codes": codes,
+                     "rows": json.dumps(rows), "skipped": json.dumps(skipped or {})}, path)
 
 
-def read_shard(path, fingerprint) -> list[Picture] | None:
-    """The inverse of write_shard; None if the file is missing, damaged or made by another VQGAN."""
+def read_shard(path, fingerprint) -> tuple[list[Picture], dict[str, str]] | None:
+    """The inverse of write_shard: (pictures, skipped); None if the file is missing, damaged or was made in another way."""
     try:
         shard = torch.load(path, weights_only=True, mmap=True)
-        if shard["format"] != "nanoLiquid codes 1" or shard["fingerprint"] != fingerprint:
+        if shard["format"] != "nanoLiquid codes 2" or shard["fingerprint"] != fingerprint:
             return None
         return [Picture(row["name"], None, row["captions"], [[tuple(turn) for turn in talk] for talk in row["talks"]], codes)
-                for row, codes in zip(json.loads(shard["rows"]), shard["codes"])]
+                for row, codes in zip(json.loads(shard["rows"]), shard["codes"], strict=True)], dict(json.loads(shard["skipped"]))
     except (OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError, pickle.UnpicklingError):
         return None
 

@@ -20,6 +20,7 @@ import os
 import shutil
 import sys
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -131,6 +132,13 @@ class Sampling:
     seed: int = 0
     batch: int = 64
 
+    def __post_init__(self):
+        for name, good in dict(guidance=math.isfinite(self.guidance), temperature=0 <= self.temperature < math.inf,
+                               top_k=self.top_k >= 0, top_p=0 < self.top_p <= 1, seed=0 <= self.seed < 2 ** 31,
+                               batch=self.batch > 0).items():
+            if not good:
+                raise ValueError(f"--{name} {getattr(self, name)}: out of range")
+
 
 @dataclass
 class Run:
@@ -153,7 +161,19 @@ def device_of(name="auto"):
     """cuda, else mps, else cpu."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    try:
+        return torch.empty(0, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: not on this machine ({str(error).splitlines()[0]})") from None
+
+
+@contextmanager
+def fitting(path):
+    """One ValueError, naming the file, for contents that do not fit together."""
+    try:
+        yield
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: does not fit: {' '.join(str(error).split())[:300]}") from None
 
 
 LIQUID = Sampling(guidance=7.0, temperature=0.99, top_k=4096, top_p=0.96)     # the official inference_t2i.py
@@ -167,24 +187,30 @@ def load(run, vqgan=None, device="auto", dtype=torch.float32) -> Run:
     folder, device = Path(run), device_of(device)
     vqgan_path = vqgan or folder / "vqgan.pt"
     if (folder / "model.pt").exists() or not list(folder.glob("model*.safetensors")):
-        layout = read_checkpoint(folder / "model.pt")
-        model = Transformer(ModelConfig(**layout["model_config"]))
-        model.load_state_dict(layout["model"])
-        tokenizer, model = data.load_tokenizer(layout["tokenizer"]), model.to(device, dtype)
+        file = folder / "model.pt"
+        layout = read_checkpoint(file)
+        with fitting(file):
+            model = Transformer(ModelConfig(**layout["model_config"]))
+            model.load_state_dict(layout["model"])
+            model = model.to(device, dtype)
     else:
-        model = Transformer.from_pretrained(folder, dtype, device)
-        layout = json.loads(data.read_utf8(folder / LAYOUT)) if (folder / LAYOUT).exists() else {}
-        tokenizer = data.load_tokenizer(layout["tokenizer"]) if layout else data.PretrainedTokenizer.load(folder)
+        file, model = folder / LAYOUT, Transformer.from_pretrained(folder, dtype, device)
+        with fitting(file):
+            layout = json.loads(data.read_utf8(file)) if file.exists() else {}
     pixels = VQGAN.load(vqgan_path, device)
     if not layout:          # as published: the image rows are the last ones, pictures are squares of 512 pixels
+        tokenizer = data.PretrainedTokenizer.load(folder)
         hf_config = json.loads(data.read_utf8(folder / "config.json"))
         vocab = tokenizer.vocab(pixels.config.n_embed, hf_config, hf_config["vocab_size"] - pixels.config.n_embed)
         side = 512 // pixels.config.f
         return Run(model.eval(), pixels, vocab, tokenizer, (side, side), True, {}, LIQUID)
-    if layout["fingerprint"] != pixels.fingerprint():
+    with fitting(file):
+        fingerprint, config = layout["fingerprint"], layout["config"]
+        run = Run(model.eval(), pixels, data.Vocab(**layout["vocab"]), data.load_tokenizer(layout["tokenizer"]),
+                  tuple(layout["grid"]), config["pad"], config, LIQUID if config.get("init") else Sampling())
+    if fingerprint != pixels.fingerprint():
         raise ValueError(f"{vqgan_path}: not the VQGAN whose codes the model in {folder} was trained on")
-    return Run(model.eval(), pixels, data.Vocab(**layout["vocab"]), tokenizer, tuple(layout["grid"]), layout["config"]["pad"],
-               layout["config"], LIQUID if layout["config"].get("init") else Sampling())
+    return run
 
 
 LAYOUT = "nanoliquid.json"
@@ -230,13 +256,22 @@ def generators(run, sampling, numbers):
     return [torch.Generator(run.device).manual_seed((sampling.seed << 32) + i) for i in numbers]
 
 
+def require_room(run, prompts, n=1):
+    """ValueError if a prompt and n more tokens are longer than what the model reads at once."""
+    longest, most = max(map(len, prompts), default=0), run.model.config.max_position_embeddings
+    if longest + n > most:
+        raise ValueError(f"a prompt of {longest} tokens is too long: the model reads {most} at once, the answer's {n} included")
+
+
 def text_to_image(run, prompts, sampling=None, numbers=None):
     """Draw each prompt -> list of images; numbers (default 0, 1, ...) seed each of them apart, whatever their batch."""
     s, (h, w), images = sampling or run.sampling, run.grid, []
     numbers = range(len(prompts)) if numbers is None else numbers
     negative = data.render_t2i(run.vocab, run.tokenizer, None)[0]
     for part in batches(list(zip(prompts, numbers)), s.batch):
-        ids = generate(run.model, [data.render_t2i(run.vocab, run.tokenizer, p)[0] for p, _ in part], h * w, run.vocab.image_rows,
+        positives = [data.render_t2i(run.vocab, run.tokenizer, p)[0] for p, _ in part]
+        require_room(run, positives, h * w)
+        ids = generate(run.model, positives, h * w, run.vocab.image_rows,
                        [negative] * len(part), s.guidance, s.temperature, s.top_k, s.top_p,
                        None, generators(run, s, [i for _, i in part]))
         images += map(data.to_image, run.vqgan.decode(run.vocab.ids_to_codes(ids).view(-1, h, w)))
@@ -253,6 +288,7 @@ def write(run, prompts, n, sampling=None, numbers=None):
     """Continue prompts (lists of ids) with up to n tokens of text -> strings; numbers as in text_to_image."""
     s, texts = sampling or replace(run.sampling, temperature=0.0), []
     stop = {run.vocab.eos, *run.tokenizer.stops}
+    require_room(run, prompts)
     for part in batches(list(zip(prompts, range(len(prompts)) if numbers is None else numbers)), s.batch):
         ids = generate(run.model, [p for p, _ in part], n, run.vocab.text_rows, None, 1.0, s.temperature, s.top_k, s.top_p, stop,
                        generators(run, s, [i for _, i in part]))
@@ -391,13 +427,6 @@ def print_scores(scores):
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
-def put(path, write):
-    """Let `write` fill another file, which then takes its name: a file that is there is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(part := path.with_name(path.name + ".partial"))
-    os.replace(part, path)
-
-
 def missing(paths):
     """Numbers of the files that are not there yet; torchrun's processes take every world-th of them each."""
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -414,7 +443,7 @@ def draw_command(run, args, sampling):
     paths = [Path(args.save_dir, f"{i:05d}.png") for i in range(len(prompts))]
     for part in tqdm(batches(missing(paths), sampling.batch), desc="draw"):
         for i, image in zip(part, text_to_image(run, [prompts[i] for i in part], sampling, part)):
-            put(paths[i], lambda path: image.save(path, "PNG"))
+            data.write_atomically(paths[i], lambda file: image.save(file, "PNG"))
 
 
 def caption_command(run, args, sampling):
@@ -430,7 +459,7 @@ def caption_command(run, args, sampling):
             except ValueError as error:
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
         for i, words in zip(images, caption(run, list(images.values()), sampling, args.n, list(images)) if images else ()):
-            put(paths[i], lambda path: path.write_text(words + "\n", encoding="utf-8"))
+            data.write_atomically(paths[i], lambda file: file.write(f"{words}\n".encode()))
 
 
 def parser():
@@ -459,6 +488,8 @@ def parser():
 def main(argv=None):
     args = parser().parse_args(argv)
     try:
+        if args.n < 1:
+            raise ValueError(f"--n {args.n}: expected a number from 1")
         run = load(args.run, args.vqgan, args.device, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype])
         given = {k: getattr(args, k) for k in vars(run.sampling) if getattr(args, k) is not None}
         sampling = replace(run.sampling, **given)

@@ -19,12 +19,14 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
 import types
 import typing
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import zip_longest
@@ -45,10 +47,19 @@ import data
 import sample
 from model import Block, ChunkedNLL, ModelConfig, Transformer, rope_angles
 from vqgan import (Discriminator, Perceptual, ResnetBlock, VQGAN, VQGANConfig, adaptive_weight, discriminator_loss, distances,
-                   draw_far, generator_loss, kmeans, usage)
+                   draw_far, generator_loss, kmeans, read_checkpoint, usage)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: one dataclass, turned into flags. None means: chosen by `resolve` from the data.
+
+RANGES = {(1, math.inf): """save_every eval_every log_every image_size vq_steps vq_batch vq_restart_every ch patch z_channels
+                            codes code_dim steps rows context accumulate hidden_size layers heads""",
+          (0, math.inf): """workers res_blocks words eval_n skip_nonfinite vq_lr vq_lr_adam lr lr_adam weight_decay clip z_loss
+                            adversarial""",
+          (0, 1): "vq_continuous adversarial_start warmup uncond",
+          (0, 2 ** 31 - 1): "seed"}
+CHOICES = dict(train=("all", "embeddings"), optimizer=("muon", "adamw"), image_rows=("free", "codebook"))
+
 
 @dataclass
 class Config:
@@ -68,6 +79,7 @@ class Config:
     log_every: int = 20                 # steps between lines of log.jsonl
     init: str | None = None             # start from this Hugging Face folder, or hub name, of Gemma, Qwen or Llama
     train: str = "all"                  # all, or embeddings: only the rows that were added to --init
+    skip_nonfinite: int = 0             # steps of an act to leave out whose loss or gradient is not finite
     resume: bool = False                # go on with the run in --out
     overwrite: bool = False             # delete the run in --out first
     # act 1, the tokenizer
@@ -112,6 +124,19 @@ class Config:
     heads: int = 4
     eval_n: int = 200                   # held-out pictures to score at the end; 0: no scores
 
+    def __post_init__(self):
+        for (least, most), names in RANGES.items():
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not (least <= value <= most and math.isfinite(value)):
+                    raise ValueError(f"--{name} {value}: expected a number from {least}" + f" to {most}" * (most < math.inf))
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"--{name} {getattr(self, name)}: choose {' or '.join(known)}")
+        if min(self.ch_mult or [1]) < 1:
+            raise ValueError(f"--ch_mult {','.join(map(str, self.ch_mult))}: expected numbers from 1")
+        parse_mix(self.mix)
+
 
 PRESETS = {
     "laptop": {},
@@ -154,7 +179,7 @@ def parse_mix(text) -> dict[str, float]:
         mix = {task: float(weight) for task, weight in (part.split("=") for part in text.split(","))}
     except ValueError:
         mix = {}
-    if not mix or set(mix) - set(data.TASKS) or min(mix.values()) < 0 or not sum(mix.values()):
+    if not mix or set(mix) - set(data.TASKS) or min(mix.values()) < 0 or not 0 < sum(mix.values()) < math.inf:
         raise ValueError(f"--mix {text}: expected something like t2i=6,i2t=2,vqa=3,text=1")
     return mix
 
@@ -191,8 +216,61 @@ def typical_size(pictures, f, most=128):
     return min(max(side, 64), most) // f * f
 
 
+def check(cfg, splits, world):
+    """ValueError, naming the flag, for what could not work with this data; nothing has been written yet."""
+    def require(good, name, wanted):
+        if not good:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: {wanted}")
+    f, mix, tasks = cfg.patch * 2 ** (len(cfg.ch_mult) - 1), parse_mix(cfg.mix), task_lists(splits["train"])
+    require(cfg.ch % 32 == 0 or cfg.vqgan, "ch", "group norm needs a multiple of 32")
+    require(cfg.image_size % f == 0, "image_size", f"a code is {f}x{f} pixels: choose a multiple of {f}")
+    require(cfg.hidden_size % (2 * cfg.heads) == 0 or cfg.init, "hidden_size", f"choose a multiple of twice --heads {cfg.heads}")
+    require(cfg.vq_batch >= world, "vq_batch", f"each of {world} processes needs a picture")
+    require(cfg.rows % (world * cfg.accumulate) == 0, "rows",
+            f"not a multiple of {world} processes times --accumulate {cfg.accumulate}")
+    require(any(tasks[task] for task, weight in mix.items() if weight), "mix", "there are no examples of it to train on")
+    require(cfg.context > (cfg.image_size // f) ** 2 or not any(mix.get(task) for task in ("t2i", "i2t", "vqa")), "context",
+            f"a picture alone has {(cfg.image_size // f) ** 2} codes")
+    require(cfg.vqgan or any(p.open for p in splits["train"].pictures), "data",
+            "codes without pictures need the --vqgan that made them")
+    require(not cfg.data or not Path(cfg.out).resolve().is_relative_to(Path(cfg.data).resolve()), "out",
+            f"lies in --data {cfg.data}, and what the run draws would become its data")
+    require(not cfg.perceptual or Path(cfg.perceptual).is_file(), "perceptual", "no such file")
+    if cfg.init:
+        data.PretrainedTokenizer.load(fetch(cfg.init))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Processes and logs
+# Processes, faults and logs
+
+class Stopped(Exception):
+    """Somebody asked the program to end."""
+    def __init__(self, number, where="stopped"):
+        super().__init__(where)
+        self.number = number or signal.SIGTERM      # the signal; another process may have got it
+
+
+class Stop:
+    """Within it, SIGTERM and SIGINT end the program by Stopped: at once, or while it `waits` when the loop reads `asked`.
+
+    A second SIGINT, an impatient Ctrl-C, does not wait. A second SIGTERM does: torchrun passes it on to who already had it.
+    """
+    asked, waits = 0, False
+
+    def __enter__(self):
+        mine = threading.current_thread() is threading.main_thread()    # no other may set handlers
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT) if mine}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        again, self.asked = self.asked, number
+        if not self.waits or again and number == signal.SIGINT:
+            raise Stopped(number)
+
 
 @dataclass
 class Process:
@@ -200,6 +278,7 @@ class Process:
     rank: int
     world: int
     device: torch.device
+    stop: Stop = field(default_factory=Stop)
 
     @property
     def first(self):
@@ -250,20 +329,54 @@ def set_up(cfg) -> Process:
 
 
 class Log:
-    """One JSON object a line; a resumed act first drops what was written after its checkpoint."""
+    """One JSON object a line; a resumed act first drops what was written after its checkpoint, and a line that was cut short."""
     def __init__(self, path, process):
         self.path, self.process = Path(path), process
 
     def rewind(self, act, step):
         if self.process.first and self.path.exists():
-            lines = [json.loads(line) for line in self.path.read_text().splitlines()]
-            kept = [line for line in lines if line["act"] < act or line["act"] == act and line["step"] <= step]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            kept = [line for line in self.lines() if line["act"] != act or line["step"] <= step]
+            text = "".join(json.dumps(line) + "\n" for line in sorted(kept, key=lambda line: line["act"]))
+            data.write_atomically(self.path, lambda file: file.write(text.encode()))
+
+    def lines(self):
+        for text in self.path.read_text(errors="replace").splitlines():
+            try:
+                yield json.loads(text)
+            except ValueError:
+                continue
 
     def write(self, act, step, **values):
         if self.process.first:
             with open(self.path, "a") as file:
                 file.write(json.dumps(dict(act=act, step=step, **values)) + "\n")
+
+
+class Guard:
+    """Decides, alike on all processes, whether a step may be learned from: its losses and its gradient have to be finite."""
+    def __init__(self, cfg, act, path, log, skipped):
+        self.allowed, self.act, self.path, self.log, self.skipped = cfg.skip_nonfinite, act, path, log, skipped
+
+    def passes(self, step, values) -> bool:
+        wrong = [name for name, value in values.items() if not math.isfinite(value)]
+        if wrong and self.skipped >= self.allowed:
+            good = f"{self.path} holds the last good one" if self.path.exists() else "there is no checkpoint yet"
+            raise ValueError(f"act {self.act}, step {step}: {', '.join(wrong)} not finite, and the step is not taken; {good}; "
+                             f"--resume --skip_nonfinite {self.skipped + 1} goes on without this step")
+        if wrong:
+            self.skipped += 1
+            self.log.write(self.act, step, nonfinite=wrong)
+        return not wrong
+
+
+def resumed(cfg, path, kind) -> dict | None:
+    """The checkpoint to go on with; None for a fresh start. ValueError, naming the file, if it is something else."""
+    if not (cfg.resume and path.exists()):
+        return None
+    saved = read_checkpoint(path)
+    if saved.get("format") != kind:
+        raise ValueError(f"{path}: not a checkpoint that this project can go on with")
+    return saved
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -328,7 +441,7 @@ def gathered_state(state, process):
 
 def load_optimizers(optimizers, states):
     """The inverse, for optimizers of whole or cut-up parameters."""
-    for optimizer, state in zip(optimizers, states):
+    for optimizer, state in zip(optimizers, states, strict=True):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         values = {i: {k: shard_like(parameters[i], v) if v.shape == parameters[i].shape else v for k, v in one.items()}
                   for i, one in state["state"].items()}
@@ -457,10 +570,20 @@ def set_rate(optimizers, factor):
             group["lr"] = group["peak"] * factor
 
 
-def step_all(optimizers):
+def step_all(optimizers, take=True):
     for optimizer in optimizers:
-        optimizer.step()
+        if take:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+def restore(saved, path, networks, optimizers):
+    """Load a checkpoint's networks {key: module}, optimizers and random state; ValueError if they are of another run."""
+    with sample.fitting(path):
+        for key, network in networks.items():
+            network.load_state_dict(saved[key])
+        load_optimizers(optimizers, saved["optimizer"])
+        torch.set_rng_state(saved["random_state"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -472,10 +595,16 @@ def collate(items):
     return torch.stack(pixels) if pixels else None, [x if isinstance(x, str) else None for x in items]
 
 
+def leave_signals(_):
+    """A Ctrl-C reaches the processes that read pictures, too; the one that trains answers it and ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def pixel_batches(cfg, pictures, indices):
     """Lists of indices -> (pixels (B, 3, H, W) in [-1, 1] or None, for each index None or an error), read by workers."""
     loader = torch.utils.data.DataLoader(data.Pixels(pictures, cfg.image_size, cfg.pad), batch_sampler=indices,
-                                         num_workers=cfg.workers, collate_fn=collate)
+                                         num_workers=cfg.workers, collate_fn=collate, worker_init_fn=leave_signals)
     for pixels, errors in loader:
         yield pixels if pixels is None else pixels.float() / 127.5 - 1, errors
 
@@ -522,6 +651,18 @@ def restart_codes(cfg, model, pixels, counts, step, process):
         model.quantize.replace(dead, process.agree(vectors[draw_far(squared, len(dead), seeded(cfg, step))]))
 
 
+RESTARTS = 0.75     # share of the steps in which unused codes restart
+
+
+def report_usage(cfg, counts, step, process, log):
+    """Log how many codes are in use, and warn at the end if they are fewer than a tenth: healthy tokenizers use nearly all."""
+    used, perplexity = usage(counts)
+    log.write(1, step + 1, codes_used=used, perplexity=perplexity)
+    if step >= RESTARTS * cfg.vq_steps and step + cfg.vq_restart_every >= cfg.vq_steps and used < cfg.codes / 10:
+        process.print(f"warning: the codebook has collapsed, only {used} of {cfg.codes} codes are in use; "
+                      "try fewer --codes, more pictures or a larger --vq_continuous")
+
+
 def save_reconstructions(cfg, vqgan, splits, process):
     """Eight held-out pictures above what remains of them."""
     if process.first:
@@ -555,23 +696,20 @@ def train_tokenizer(cfg, splits, process, log):
     counts, start = torch.zeros(cfg.codes, dtype=torch.long, device=process.device), 0
 
     # Where it was interrupted:
-    if cfg.resume and path.exists():
-        saved = torch.load(path, map_location=process.device, weights_only=True)
-        start, counts = saved["step"], saved["counts"].to(process.device)
-        model.load_state_dict(saved["model"])
-        if discriminator:
-            discriminator.load_state_dict(saved["discriminator"])
-        for optimizer, state in zip(optimizers + d_optimizers, saved["optimizer"]):
-            optimizer.load_state_dict(state)
+    guard = Guard(cfg, 1, path, log, 0)
+    if saved := resumed(cfg, path, "nanoLiquid tokenizer 1"):
+        networks = {"model": model} | ({"discriminator": discriminator} if discriminator else {})
+        restore(saved, path, networks, optimizers + d_optimizers)
+        start, counts, guard.skipped = saved["step"], saved["counts"].to(process.device), saved["skipped"]
+    log.rewind(1, start)
     if start == cfg.vq_steps:
         return model.eval()
-    log.rewind(1, start)
 
     def save(step):
         if process.first:
             data.save_atomically(dict(
                 format="nanoLiquid tokenizer 1", model=model.state_dict(), config=asdict(model.config), step=step, counts=counts,
-                discriminator=discriminator.state_dict() if discriminator else None,
+                skipped=guard.skipped, discriminator=discriminator.state_dict() if discriminator else None,
                 optimizer=[o.state_dict() for o in optimizers + d_optimizers], train_config=asdict(cfg),
                 random_state=torch.get_rng_state()), path)
 
@@ -603,29 +741,33 @@ def train_tokenizer(cfg, splits, process, log):
             loss = loss + cfg.adversarial * adaptive_weight(reconstruction, g_loss, model.decoder.conv_out.weight) * g_loss
         (loss * share).backward()
         process.sum_gradients(model.parameters())
-        step_all(optimizers)
+        learning = list(model.parameters())
         if adversary:
             adversary.zero_grad(set_to_none=True)       # what the generator's loss left there
             (discriminator_loss(adversary, pixels, out.pixels) * share).backward()
             process.sum_gradients(adversary.parameters())
-            step_all(d_optimizers)
-        if step >= quantize_from:
+            learning += adversary.parameters()
+        norm = nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None])
+        total, asked = process.sum(torch.stack([loss.detach() * share, loss.new_tensor(process.stop.asked)])).tolist()
+        sound = guard.passes(step + 1, {"the loss of the tokenizer": total, "the gradient": norm.item()})
+        step_all(optimizers + d_optimizers, sound)
+        if sound and step >= quantize_from:
             counts += process.sum(out.codes.flatten().bincount(minlength=cfg.codes))
             if step % cfg.vq_restart_every == cfg.vq_restart_every - 1:
-                used, perplexity = usage(counts)
-                log.write(1, step + 1, codes_used=used, perplexity=perplexity)
-                if step < 0.75 * cfg.vq_steps:
+                report_usage(cfg, counts, step, process, log)
+                if step < RESTARTS * cfg.vq_steps:
                     restart_codes(cfg, model, pixels, counts, step, process)
                 counts.zero_()
-        if step % cfg.log_every == cfg.log_every - 1:
-            mean, square = process.sum(torch.stack([loss.detach(), error.detach().square().mean()]) * share).tolist()
-            psnr = -10 * math.log10(square / 4 + 1e-10)
-            log.write(1, step + 1, loss=mean, psnr=psnr)
-            bar.set_postfix_str(f"loss {mean:.3f} psnr {psnr:.1f} dB")
-        if step % cfg.save_every == cfg.save_every - 1 or step + 1 == cfg.vq_steps:
+        if sound and step % cfg.log_every == cfg.log_every - 1:
+            psnr = -10 * math.log10(process.sum(error.detach().square().mean() * share).item() / 4 + 1e-10)
+            log.write(1, step + 1, loss=total, psnr=psnr)
+            bar.set_postfix_str(f"loss {total:.3f} psnr {psnr:.1f} dB")
+        if step % cfg.save_every == cfg.save_every - 1 or step + 1 == cfg.vq_steps or asked:
             save(step + 1)
         if step % cfg.eval_every == cfg.eval_every - 1:
             save_reconstructions(cfg, model, splits, process)
+        if asked:
+            raise Stopped(process.stop.asked, f"stopped after step {step + 1} of the tokenizer, which {path} holds")
     return model.eval()
 
 
@@ -637,18 +779,24 @@ SHARD = 4096    # pictures of a file
 
 def encode_pictures(cfg, vqgan, splits, process, log) -> dict[str, data.Split]:
     """Splits of pictures -> the same with codes, from RUN/codes/ where they are there already."""
-    fingerprint, encoded, skipped = vqgan.fingerprint(), {}, []
+    fingerprint = f"{vqgan.fingerprint()} {cfg.image_size}{' padded' * cfg.pad}"
+    encoded, skipped = {}, []
     for name, split in splits.items():
         parts = sample.batches(split.pictures, SHARD)
         paths = [Path(cfg.out) / "codes" / f"{name}-{i:05d}.pt" for i in range(len(parts))]
         bar = tqdm(total=len(split.pictures), desc=f"2 codes of {name}", disable=not process.first)
         for i, (path, part) in enumerate(zip(paths, parts)):
             if i % process.world == process.rank and not holds(path, part, fingerprint):
-                skipped += encode_shard(cfg, vqgan, part, path, fingerprint, process.device)
+                encode_shard(cfg, vqgan, part, path, fingerprint, process.device)
             bar.update(len(part))
         bar.close()
         process.wait()
-        encoded[name] = data.Split([p for path in paths for p in data.read_shard(path, fingerprint)], split.texts)
+        shards = [data.read_shard(path, fingerprint) for path in paths]
+        if None in shards:
+            raise ValueError(f"{paths[shards.index(None)]}: was just written and cannot be read; do all processes share --out?")
+        encoded[name] = data.Split([p for pictures, _ in shards for p in pictures], split.texts)
+        skipped += [why for _, bad in shards for why in bad.values()]
+    log.rewind(2, -1)
     if skipped:
         log.write(2, 0, skipped=skipped)
         process.print(f"{len(skipped)} pictures, all in log.jsonl, could not be read: {'; '.join(skipped[:3])}")
@@ -658,22 +806,25 @@ def encode_pictures(cfg, vqgan, splits, process, log) -> dict[str, data.Split]:
 
 
 def holds(path, pictures, fingerprint):
-    """Does a shard hold these pictures, some unreadable ones apart?"""
+    """Does a shard account for exactly these pictures?"""
     shard = data.read_shard(path, fingerprint)
-    return shard is not None and [p.name for p in shard] == [p.name for p in pictures]
+    return shard is not None and sorted([*(p.name for p in shard[0]), *shard[1]]) == sorted(p.name for p in pictures)
 
 
 def encode_shard(cfg, vqgan, pictures, path, fingerprint, device):
-    """-> sentences about pictures that could not be read"""
-    skipped, done = [], [p for p in pictures if p.codes is not None]
+    skipped, done = {}, [p for p in pictures if p.codes is not None]
+    side = cfg.image_size // vqgan.config.f
+    for p in done:
+        if p.codes.shape != (side, side) or p.codes.max() >= vqgan.config.n_embed:
+            raise ValueError(f"{p.name}: {'x'.join(map(str, p.codes.shape))} codes up to {p.codes.max()} are not of this VQGAN, "
+                             f"which makes {side}x{side} up to {vqgan.config.n_embed - 1} of --image_size {cfg.image_size}")
     todo = [p for p in pictures if p.codes is None]
     parts = sample.batches(range(len(todo)), 64)
     for part, (pixels, errors) in zip(parts, pixel_batches(cfg, todo, parts)):
         codes = iter(() if pixels is None else vqgan.encode(pixels.to(device)).cpu())
         done += [dataclasses.replace(todo[i], codes=next(codes)) for i, error in zip(part, errors) if error is None]
-        skipped += filter(None, errors)
-    data.write_shard(path, done, fingerprint)
-    return skipped
+        skipped |= {todo[i].name: error for i, error in zip(part, errors) if error}
+    data.write_shard(path, done, fingerprint, skipped)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -724,10 +875,7 @@ def build_model(cfg, vocab, vqgan) -> Transformer:
         if cfg.train == "embeddings":
             model.train_only_rows(old)
         return model
-    codebook = vqgan.quantize.codebook().detach()
-    from_codebook = {"free": False, "codebook": True}.get(cfg.image_rows)
-    if from_codebook is None:
-        raise ValueError(f"--image_rows {cfg.image_rows}: choose free or codebook")
+    codebook, from_codebook = vqgan.quantize.codebook().detach(), cfg.image_rows == "codebook"
     model = Transformer(ModelConfig(
         vocab_size=vocab.size, hidden_size=cfg.hidden_size, intermediate_size=3 * cfg.hidden_size, num_hidden_layers=cfg.layers,
         num_attention_heads=cfg.heads, num_key_value_heads=cfg.heads, head_dim=cfg.hidden_size // cfg.heads,
@@ -791,7 +939,9 @@ class Meter:
 def train_transformer(cfg, splits, vqgan, process, log):
     """-> RUN/model.pt"""
     path, grid = Path(cfg.out) / "model.pt", tuple(splits["train"].pictures[0].codes.shape)
-    saved = torch.load(path, map_location="cpu", weights_only=True) if cfg.resume and path.exists() else None
+    saved = resumed(cfg, path, "nanoLiquid model 1")
+    if saved and saved["fingerprint"] != vqgan.fingerprint():
+        raise ValueError(f"{path}: trained on the codes of another VQGAN than {Path(cfg.out) / 'vqgan.pt'}")
 
     # The vocabulary and the model:
     torch.manual_seed(cfg.seed)
@@ -799,14 +949,15 @@ def train_transformer(cfg, splits, vqgan, process, log):
         text_side(cfg, splits["train"], vqgan)
     model = build_model(cfg, vocab, vqgan)
     if saved:
-        model.load_state_dict(saved["model"])
+        with sample.fitting(path):
+            model.load_state_dict(saved["model"])       # before it is cut up
     wide = parallel(cfg, model, process)
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2] if cfg.optimizer == "muon" else []
     optimizers = make_optimizers(matrices, model.parameters(), cfg.lr, cfg.lr_adam, cfg.weight_decay)
-    start, position = 0, None
+    start, position, guard = 0, None, Guard(cfg, 3, path, log, 0)
     if saved:
-        start, position = saved["step"], saved["data"]
-        load_optimizers(optimizers, saved["optimizer"])
+        restore(saved, path, {}, optimizers)
+        start, position, guard.skipped = saved["step"], saved["data"], saved["skipped"]
     log.rewind(3, start)
     process.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {vocab.image_start} rows for text, "
                   f"{vocab.image_size} for codes, {grid[0]}x{grid[1]} codes a picture")
@@ -815,15 +966,13 @@ def train_transformer(cfg, splits, vqgan, process, log):
     tasks, held_out = task_lists(splits["train"]), task_lists(splits["val"])
     loader = data.Loader(tasks, parse_mix(cfg.mix), vocab, tokenizer, cfg.rows, cfg.context, cfg.seed, process.rank,
                          process.world, cfg.uncond, position)
-    if cfg.rows % (process.world * cfg.accumulate):
-        raise ValueError(f"--rows {cfg.rows} is not a multiple of {process.world} processes times --accumulate {cfg.accumulate}")
 
     def save(step, position):
         weights, *states = [gathered_state(x.state_dict(), process) for x in (model, *optimizers)]
         if process.first:
             data.save_atomically(dict(
                 format="nanoLiquid model 1", model=weights, optimizer=states,
-                step=step, config=asdict(cfg), model_config=asdict(model.config), vocab=asdict(vocab),
+                step=step, skipped=guard.skipped, config=asdict(cfg), model_config=asdict(model.config), vocab=asdict(vocab),
                 tokenizer=tokenizer.state(), data=position, random_state=torch.get_rng_state(),
                 fingerprint=vqgan.fingerprint(), grid=grid), path)
 
@@ -848,7 +997,7 @@ def train_transformer(cfg, splits, vqgan, process, log):
         set_rate(optimizers, schedule(step, cfg.steps, cfg.warmup, decay=0.7 if cfg.optimizer == "muon" else 1.0))
         # A drawing has many targets and a caption few: the sum over all is divided once, by the number of all, everywhere.
         targets = process.sum((batch.targets != data.IGNORE).sum())
-        by_task = torch.zeros(2, len(data.TASKS), device=process.device)
+        by_task = torch.zeros(3, len(data.TASKS), device=process.device)     # sums of losses, targets, and who asks to stop
         for part, (ids, wanted, positions, documents, kinds) in enumerate(zip(*(x.chunk(cfg.accumulate) for x in batch)), 1):
             wide.require_backward_grad_sync = part == cfg.accumulate        # what DDP's no_sync sets
             with process.autocast():
@@ -857,13 +1006,16 @@ def train_transformer(cfg, splits, vqgan, process, log):
             learned = wanted != data.IGNORE
             by_task[0].index_add_(0, kinds[learned], nll.detach()[learned])
             by_task[1].index_add_(0, kinds[learned], torch.ones_like(nll[learned]))
-        norm = full(nn.utils.clip_grad_norm_(model.parameters(), cfg.clip))
-        step_all(optimizers)
-        if step % cfg.log_every == cfg.log_every - 1:
-            sums, counts = process.sum(by_task).tolist()
+        norm = full(nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)).item()
+        by_task[2] = process.stop.asked
+        sums, counts, asked = process.sum(by_task).tolist()
+        losses = {f"the loss of {task}": total for task, total in zip(data.TASKS, sums)}
+        sound = guard.passes(step + 1, losses | {"the gradient": norm})
+        step_all(optimizers, sound)
+        if sound and step % cfg.log_every == cfg.log_every - 1:
             speed, recent = recent.read(), Meter(model, process)
             each = {task: s / c for task, s, c in zip(data.TASKS, sums, counts) if c}
-            log.write(3, step + 1, loss=sum(sums) / sum(counts), norm=norm.item(), **each, **speed)
+            log.write(3, step + 1, loss=sum(sums) / sum(counts), norm=norm, **each, **speed)
             bar.set_postfix_str(f"loss {sum(sums) / sum(counts):.3f}, {speed['tokens_per_s'] / 1000:.1f}k tokens/s")
         last = step + 1 == cfg.steps
         if step % cfg.eval_every == cfg.eval_every - 1 or last:
@@ -873,8 +1025,10 @@ def train_transformer(cfg, splits, vqgan, process, log):
             model.train()
             for meter in (recent, overall):
                 meter.since += time.perf_counter() - paused
-        if step % cfg.save_every == cfg.save_every - 1 or last:
+        if step % cfg.save_every == cfg.save_every - 1 or last or any(asked):
             save(step + 1, position)
+        if any(asked):
+            raise Stopped(process.stop.asked, f"stopped after step {step + 1} of the transformer, which {path} holds")
     if start < cfg.steps:
         process.print("{tokens_per_s:.0f} tokens/s, MFU {mfu:.1%}, waiting for data {waiting:.2%} of the time, "
                       "padding {padding:.1%} of the positions".format(**overall.read()))
@@ -885,33 +1039,50 @@ def train_transformer(cfg, splits, vqgan, process, log):
 # ---------------------------------------------------------------------------------------------------------------------
 # The whole
 
-def train(cfg: Config):
+def delete_run(out):
+    """What this file writes into a run folder, and nothing that a user may have put there."""
+    for pattern in ("config.json", "vqgan.pt", "model.pt", "log.jsonl", "*.partial", "codes/*.pt", "codes/*.partial",
+                    "samples/reconstructions.png", "samples/drawn-*.png"):
+        for file in out.glob(pattern):
+            file.unlink()
+
+
+def train(cfg: Config, stop=None):
     """All three acts, then the scores -> the scores, or None on all processes but the first."""
     started, process, out = time.time(), set_up(cfg), Path(cfg.out)
+    process.stop = stop or process.stop
     splits = data.load_source(cfg.data, cfg.text, cfg.seed, cfg.image_size or 64)
     ready = VQGAN.load(cfg.vqgan, process.device) if cfg.vqgan else None
     cfg = resolve(cfg, splits, ready)
+    check(cfg, splits, process.world)
     if process.first:
+        if cfg.overwrite and not cfg.resume:
+            delete_run(out)
         (out / "samples").mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
+        data.write_atomically(out / "config.json", lambda file: file.write(json.dumps(asdict(cfg), indent=1).encode()))
     log = Log(out / "log.jsonl", process)
     process.wait()
 
     if ready and process.first:
         data.save_atomically(dict(config=asdict(ready.config), model=ready.state_dict()), out / "vqgan.pt")
+    process.stop.waits = True       # for the end of a step; encoding may stop anywhere, its shards are whole or not there
     vqgan = ready or train_tokenizer(cfg, splits, process, log)
+    process.stop.waits = False
     save_reconstructions(cfg, vqgan, splits, process)
     acted = time.time()
     encoded = encode_pictures(cfg, vqgan, splits, process, log)
     process.print(f"the tokenizer took {acted - started:.0f} s, the codes {time.time() - acted:.0f} s")
+    process.stop.waits = True
     train_transformer(cfg, encoded, vqgan, process, log)
+    process.stop.waits = False
 
     scores = None
     if process.first and cfg.eval_n:
         run = sample.load(out, device=cfg.device)
         process.print(f"all acts took {time.time() - started:.0f} s; scores on held-out examples:")
         scores = sample.evaluate(run, splits, cfg.eval_n)
-        log.write(3, cfg.steps, scores=scores, seconds=time.time() - started)
+        log.rewind(4, -1)
+        log.write(4, 0, scores=scores, seconds=time.time() - started)
         sample.print_scores(scores)
     process.wait()
     return scores
@@ -922,29 +1093,57 @@ def configure(argv=None) -> Config:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
     given = vars(parser.parse_args(argv))
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):    # torchrun --max-restarts: the same command goes on by itself
+        given = {**given, "resume": True, "overwrite": False}
     out = Path(given.get("out", Config.out))
     there = [name for name in ("config.json", "vqgan.pt", "model.pt") if (out / name).exists()]
+    if given.get("resume") and given.get("overwrite"):
+        raise ValueError("--resume goes on with the run that --overwrite deletes: choose one")
     if there and not given.get("resume") and not given.get("overwrite"):
         raise ValueError(f"--out {out}: there is a run already; go on with --resume, or delete it with --overwrite")
     if given.get("resume") and (out / "config.json").exists():
-        stored = json.loads((out / "config.json").read_text())
-        free = ("out", "resume", "overwrite", "device", "workers", "compile", "checkpointing", "shard",
-                "save_every", "eval_every", "log_every", "eval_n")
-        clash = [f"--{k}" for k, v in given.items() if k not in free and stored[k] != (list(v) if isinstance(v, tuple) else v)]
-        if clash:
-            raise ValueError(f"--resume: {', '.join(clash)} differ from the run in {out} (see its config.json)")
-        return Config(**{**stored, "ch_mult": tuple(stored["ch_mult"]), **given})
-    if given.get("overwrite") and int(os.environ.get("RANK", 0)) == 0:
-        for name in ("config.json", "vqgan.pt", "model.pt", "log.jsonl"):
-            (out / name).unlink(missing_ok=True)
+        return stored_config(out / "config.json", given)
     return Config(**{**PRESETS[given.get("preset", "laptop")], **(FINETUNE if given.get("init") else {}), **given})
 
 
-def main(argv=None):
+FREE = ("out", "resume", "overwrite", "device", "workers", "compile", "checkpointing", "shard", "save_every", "eval_every",
+        "log_every", "eval_n", "skip_nonfinite")       # flags that --resume may change
+
+
+def stored_config(path, given) -> Config:
     try:
-        train(configure(argv))
-    except (ValueError, OSError) as error:
+        stored = json.loads(data.read_utf8(path))
+        cfg = Config(**{**stored, "ch_mult": tuple(stored["ch_mult"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: not the configuration of a run ({error})") from None
+    clash = [f"--{k}" for k, v in given.items() if k not in FREE and stored[k] != (list(v) if isinstance(v, tuple) else v)]
+    if clash:
+        raise ValueError(f"--resume: {', '.join(clash)} differ from the run in {path.parent} (see its config.json)")
+    return dataclasses.replace(cfg, **{**given, "overwrite": False})
+
+
+def main(argv=None):
+    """The command line: every expected end is one sentence that says what is safe, and an exit code that is not 0."""
+    out, rank = None, int(os.environ.get("RANK", 0))
+    try:
+        with Stop() as stop:
+            cfg = configure(argv)
+            out = Path(cfg.out)
+            train(cfg, stop)
+    except Stopped as stopped:
+        if rank == 0:
+            print(f"train.py: {stopped}; go on with --resume", file=sys.stderr)
+        sys.exit(128 + stopped.number)      # as shells report a signal
+    except OSError as error:
+        time.sleep(2 * (rank > 0))          # the first speaks for all who fail alike, until torchrun ends the others
+        begun = out and (out / "config.json").is_file()
+        sys.exit(f"train.py: {error}; " + (f"what {out} holds is whole: go on with --resume" if begun else "nothing was written"))
+    except ValueError as error:
+        time.sleep(2 * (rank > 0))
         sys.exit(f"train.py: {error}")
+    except RuntimeError:
+        time.sleep(2 * dist.is_initialized())       # has it lost a peer? torchrun names the one that died and ends this one
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

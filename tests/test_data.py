@@ -615,8 +615,9 @@ def fields(pictures):
 
 def test_a_shard_gives_back_what_was_written(tmp_path):
     for n in (3, 0):
-        data.write_shard(tmp_path / "deep" / "x.pt", some_pictures(n), "print")
-        assert fields(data.read_shard(tmp_path / "deep" / "x.pt", "print")) == fields(some_pictures(n))
+        data.write_shard(tmp_path / "deep" / "x.pt", some_pictures(n), "print", {"bad.png": "why"})
+        pictures, skipped = data.read_shard(tmp_path / "deep" / "x.pt", "print")
+        assert fields(pictures) == fields(some_pictures(n)) and skipped == {"bad.png": "why"}
 
 
 def test_a_foreign_or_damaged_shard_is_made_again(tmp_path):
@@ -628,8 +629,8 @@ def test_a_foreign_or_damaged_shard_is_made_again(tmp_path):
     for raw in (b"", b"garbage" * 100, *(whole[:n] for n in range(0, len(whole) - 1, 150)), whole[:-1]):
         path.write_bytes(raw)
         assert data.read_shard(path, "print") is None
-    good = {"format": "nanoLiquid codes 1", "fingerprint": "print", "codes": torch.zeros(1, 2, 2), "rows": "[{}]"}
-    for value in ([1, 2], {}, 3, {"format": 1}, WordTokenizer, *({**good, "rows": r} for r in ("[{}]", "[", "3", "[3]", 3))):
+    good = {"format": "nanoLiquid codes 2", "fingerprint": "print", "codes": torch.zeros(1, 2, 2), "rows": "[{}]", "skipped": "{}"}
+    for value in ([1, 2], {}, 3, {"format": 1}, WordTokenizer, *({**good, "rows": r} for r in ("[{}]", "[]", "[", "3", "[3]", 3))):
         torch.save(value, path)
         assert data.read_shard(path, "print") is None
     assert data.read_shard(tmp_path, "print") is None
