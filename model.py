@@ -14,7 +14,7 @@ import json
 import math
 import os
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -260,22 +260,25 @@ class Cache:
     """Keys and values of what was read so far; row b begins with padding[b] slots that hold no token.
 
     reach: how many slots attention looks at. None is all that are filled, which is least work; a constant keeps every
-    shape constant, as CUDA graphs need.
+    shape constant, as compiled steps and CUDA graphs need.
     """
     def __init__(self, config, batch, slots, device=None, dtype=None, padding=None, reach=None):
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        shape = (batch, config.num_key_value_heads, slots, config.head_dim)
+        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+                          for _ in range(2))                        # for each layer (B, G, slots, d)
         self.padding = torch.zeros(batch, dtype=torch.long, device=device) if padding is None else padding  # (B,)
         self.next = torch.zeros((), dtype=torch.long, device=device)    # the slot of the next token
         self.filled, self.reach = 0, reach
 
     def advance(self, count):
         """Claim slots for `count` tokens -> their numbers (T,)."""
-        require(self.filled + count <= self.k.shape[3],
-                f"the cache has {self.k.shape[3]} slots, {self.filled} are filled and {count} more are asked for")
         slots = self.next + torch.arange(count, device=self.next.device)
         self.next += count
-        self.filled += count
+        if self.reach is None:                                      # else nothing on the host changes from step to step
+            total = self.k[0].shape[2]
+            require(self.filled + count <= total,
+                    f"the cache has {total} slots, {self.filled} are filled and {count} more are asked for")
+            self.filled += count
         return slots
 
     def update(self, layer, slots, k, v):
@@ -288,10 +291,12 @@ class Cache:
     def select(self, rows, slots, reach=None):
         """A cache of `slots` slots whose row i continues row rows[i] of this one: prompts are read once, answered often."""
         new = object.__new__(Cache)
-        shape = (self.k.shape[0], len(rows), self.k.shape[2], slots, self.k.shape[4])
-        new.k, new.v = self.k.new_zeros(shape), self.v.new_zeros(shape)
-        new.k[:, :, :, :self.filled], new.v[:, :, :, :self.filled] = (x[:, rows, :, :self.filled] for x in (self.k, self.v))
+        new.k, new.v = ([F.pad(x[rows, :, :self.filled], (0, 0, 0, slots - self.filled)) for x in layers]
+                        for layers in (self.k, self.v))
         new.padding, new.next, new.filled, new.reach = self.padding[rows], self.next.clone(), self.filled, reach
+        if reach:                                                   # CUDA graphs write here, in place
+            for tensor in (*new.k, *new.v, new.next):
+                torch._dynamo.mark_static_address(tensor, guard=False)
         return new
 
 
@@ -309,6 +314,22 @@ def visible(queries, keys, documents=None, padding=None, window=None):
     if padding is not None:
         mask = mask & ((keys >= padding[:, None])[:, None, :] | (distance == 0))
     return mask[:, None]
+
+
+@lru_cache
+def flex(name):
+    """A function of torch's FlexAttention (arXiv 2412.05496), compiled: as it is, it would hold all scores."""
+    from torch.nn.attention import flex_attention                   # loads the compiler, which takes seconds
+    return torch.compile(getattr(flex_attention, name))
+
+
+def block_mask(documents, window=None):
+    """What `visible` says of packed rows (B, T), for FlexAttention, which skips blocks of which nothing is visible."""
+    def sees(b, h, query, key):
+        near = (query >= key) if window is None else (query >= key) & (query - key < window)
+        return (near & (documents[b, query] == documents[b, key]) & (documents[b, query] >= 0)) | (query == key)
+    B, T = documents.shape
+    return flex("create_block_mask")(sees, B, None, T, T, documents.device)
 
 
 class Attention(nn.Module):
@@ -337,9 +358,12 @@ class Attention(nn.Module):
 
 
 def attend(q, k, v, mask, scale, softcap=None):
-    """q (B, H, T, d), k and v (B, G, S, d), mask (B or 1, 1, T, S) or None for causal -> (B, H, T, d)."""
+    """q (B, H, T, d), k and v (B, G, S, d), mask (B or 1, 1, T, S), None for causal or a block mask -> (B, H, T, d)."""
     B, H, T, d = q.shape
     G = k.shape[1]
+    if mask is not None and not torch.is_tensor(mask):
+        cap = (lambda score, b, h, query, key: softcap * torch.tanh(score / softcap)) if softcap else None
+        return flex("flex_attention")(q, k, v, cap, mask, scale, enable_gqa=H > G)
     if softcap:                                                     # Gemma 2; no fused kernel has it
         scores = (q.reshape(B, G, H // G, T, d) @ k.unsqueeze(2).mT * scale).float()
         scores = softcap * torch.tanh(scores / softcap)             # (B, G, H/G, T, S)
@@ -428,29 +452,31 @@ class Decoder(nn.Module):
         weight = train_from(self.embed_tokens.weight, self.first_trained)
         return torch.cat([weight, self.image_rows().type_as(weight)]) if self.config.codebook_dim else weight
 
+    @staticmethod
+    def mask(slots, documents, cache, window):
+        """In the form that the quickest kernel takes: none for plain causal rows, blocks for packed rows on GPUs."""
+        if cache is not None:
+            keys = torch.arange(cache.reach or cache.filled, device=slots.device)
+            return visible(slots, keys, padding=cache.padding, window=window)
+        if documents is not None and documents.is_cuda:
+            return block_mask(documents, window)
+        return None if documents is None and window is None else visible(slots, slots, documents, window=window)
+
     def forward(self, ids, table, positions=None, documents=None, cache=None):
         """ids (B, T) -> x (B, T, D)."""
         c, T = self.config, ids.shape[1]
         slots = torch.arange(T, device=ids.device) if cache is None else cache.advance(T)
         if positions is None:
             positions = slots[None] if cache is None else (slots - cache.padding[:, None]).clamp(min=0)
-        masks = {None: None}
-        if cache is not None:
-            keys = torch.arange(cache.reach or cache.filled, device=ids.device)
-            masks[None] = visible(slots, keys, padding=cache.padding)
-        elif documents is not None:
-            keys, masks[None] = slots, visible(slots, slots, documents)
-        if c.layer_types and c.sliding_window:
-            keys = slots if cache is None else keys
-            masks[c.sliding_window] = visible(slots, keys, documents, cache.padding if cache else None, c.sliding_window)
-        angles = {local: rope_angles(c, positions, local) for local in {block.sliding for block in self.layers}}
+        kinds = {block.sliding for block in self.layers}
+        masks = {local: self.mask(slots, documents, cache, c.sliding_window if local else None) for local in kinds}
+        angles = {local: rope_angles(c, positions, local) for local in kinds}
 
         x = F.embedding(ids, table)                                 # (B, T, D)
         if c.family.embed_scale:
             x = x * torch.tensor(c.hidden_size ** 0.5, dtype=x.dtype)   # rounded as Gemma was trained
         for block in self.layers:
-            mask = masks[c.sliding_window if block.sliding else None]
-            x = block(x, angles[block.sliding], mask, slots, cache)
+            x = block(x, angles[block.sliding], masks[block.sliding], slots, cache)
         return self.norm(x)
 
 

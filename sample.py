@@ -14,6 +14,7 @@ B rows   T positions   V rows of the table that may be chosen   D hidden size   
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -47,25 +48,27 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generators=(None,)):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    logits, order, rows = logits.float() / temperature, None, logits.shape[-1]
+    if 0 < top_k < rows or top_p < 1:
+        logits, order = logits.topk(min(top_k or rows, rows))       # (B, k), the most likely first
     probs = logits.softmax(-1)
     if top_p < 1:
-        ordered, order = probs.sort(-1, descending=True)
-        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0          # what stands before it already reaches top_p
-        probs = torch.zeros_like(probs).scatter(-1, order, ordered)
+        probs[probs.cumsum(-1) - probs >= top_p] = 0                # what stands before it already reaches top_p
     # argmax(p / Exponential(1)) is a draw from p (Gumbel's trick), without the sync that multinomial needs
-    rows = len(probs) // len(generators)
-    noise = torch.cat([torch.empty_like(probs[:rows]).exponential_(generator=g) for g in generators])
-    return (probs / noise).argmax(-1)
+    part = probs[:len(probs) // len(generators)]
+    noise = torch.cat([torch.empty_like(part).exponential_(generator=g) for g in generators])
+    chosen = (probs / noise).argmax(-1)
+    return chosen if order is None else order.gather(-1, chosen[:, None])[:, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The one decode loop
 
-def prefill(model, table, prompts, room):
-    """Read prompts (lists of ids of any lengths), equal ones once -> a cache with room for more, and x (B, D) of each last id."""
+def prefill(model, table, prompts, room, constant=False):
+    """Read prompts (lists of ids of any lengths), equal ones once -> a cache with room for more, and x (B, D) of each last id.
+
+    constant: give the cache a reach in steps of 64 slots, so that prompts of nearly equal lengths decode in equal shapes.
+    """
     unique = list(dict.fromkeys(map(tuple, prompts)))
     longest = max(map(len, unique))
     ids = torch.tensor([(0,) * (longest - len(p)) + p for p in unique], device=model.device)    # padded on the left
@@ -73,7 +76,8 @@ def prefill(model, table, prompts, room):
     cache = Cache(model.config, len(unique), longest, model.device, model.dtype, padding)
     x = model.model(ids, table, cache=cache)[:, -1]                 # (unique, D)
     rows = torch.tensor([unique.index(tuple(p)) for p in prompts], device=model.device)
-    return cache.select(rows, longest + room), x[rows]
+    reach = -(-(longest + room) // 64) * 64 if constant else None
+    return cache.select(rows, reach or longest + room, reach), x[rows]
 
 
 def decode_one(model, table, ids, cache):
@@ -81,9 +85,15 @@ def decode_one(model, table, ids, cache):
     return model.model(ids[:, None], table, cache=cache)[:, -1]
 
 
+@functools.cache
+def compiled(device_type):
+    """decode_one as one program for each shape; on GPUs a CUDA graph, which Python does not slow."""
+    return torch.compile(decode_one, dynamic=False, mode="reduce-overhead" if device_type == "cuda" else None)
+
+
 @torch.inference_mode()
 def generate(model, prompts, n, allowed=None, negatives=None, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0, stop=None,
-             generator=None):
+             generator=None, compile=False):
     """Continue each prompt by n tokens -> ids (B, n); after a token of `stop`, a row repeats it.
 
     prompts    lists of ids, of any lengths
@@ -91,6 +101,7 @@ def generate(model, prompts, n, allowed=None, negatives=None, guidance=1.0, temp
     negatives  prompts that guidance leads away from, one for each prompt
     stop       ids that end a row
     generator  a torch.Generator on the model's device, or a list of one for each prompt
+    compile    the decode step, which pays from many steps on
     """
     first, past_last = allowed or (0, model.config.vocab_size)
     if not 0 <= first < past_last <= model.config.vocab_size:
@@ -99,7 +110,8 @@ def generate(model, prompts, n, allowed=None, negatives=None, guidance=1.0, temp
         raise ValueError(f"{len(negatives)} negatives for {len(prompts)} prompts")
     guided = negatives is not None and guidance != 1
     table = model.model.table()
-    cache, x = prefill(model, table, list(prompts) + list(negatives) if guided else list(prompts), n - 1)
+    cache, x = prefill(model, table, list(prompts) + list(negatives) if guided else list(prompts), n - 1, compile)
+    step = compiled(model.device.type) if compile else decode_one
     generators = generator if isinstance(generator, list) else [generator]
     stops = torch.tensor(sorted(stop or ()), device=model.device, dtype=torch.long)
     out = torch.empty(len(prompts), n, dtype=torch.long, device=model.device)
@@ -115,7 +127,7 @@ def generate(model, prompts, n, allowed=None, negatives=None, guidance=1.0, temp
                 out[:, i:] = ids[:, None]
                 break
         if i + 1 < n:
-            x = decode_one(model, table, torch.cat([ids, ids]) if guided else ids, cache)
+            x = step(model, table, torch.cat([ids, ids]) if guided else ids, cache)
     return out
 
 
@@ -151,6 +163,7 @@ class Run:
     pad: bool                       # the aspect policy: pad to a square, or crop
     config: dict                    # what train.py was called with
     sampling: Sampling = Sampling()
+    compile: bool = False           # the decode step
 
     @property
     def device(self):
@@ -273,7 +286,7 @@ def text_to_image(run, prompts, sampling=None, numbers=None):
         require_room(run, positives, h * w)
         ids = generate(run.model, positives, h * w, run.vocab.image_rows,
                        [negative] * len(part), s.guidance, s.temperature, s.top_k, s.top_p,
-                       None, generators(run, s, [i for _, i in part]))
+                       None, generators(run, s, [i for _, i in part]), run.compile)
         images += map(data.to_image, run.vqgan.decode(run.vocab.ids_to_codes(ids).view(-1, h, w)))
     return images
 
@@ -291,7 +304,7 @@ def write(run, prompts, n, sampling=None, numbers=None):
     require_room(run, prompts)
     for part in batches(list(zip(prompts, range(len(prompts)) if numbers is None else numbers)), s.batch):
         ids = generate(run.model, [p for p, _ in part], n, run.vocab.text_rows, None, 1.0, s.temperature, s.top_k, s.top_p, stop,
-                       generators(run, s, [i for _, i in part]))
+                       generators(run, s, [i for _, i in part]), run.compile)
         for row in ids.tolist():
             end = next((i for i, token in enumerate(row) if token in stop), n)
             texts.append(run.tokenizer.decode(row[:end]))
@@ -474,6 +487,7 @@ def parser():
         p.add_argument("--vqgan", help="another VQGAN than the run's own")
         p.add_argument("--device", default="auto")
         p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the transformer's weights")
+        p.add_argument("--compile", action="store_true", help="the decode step: slow to start, then faster")
         p.add_argument("--n", type=int, default=200 if name == "eval" else 80, help="examples to score, or tokens to write")
         for key, default in vars(Sampling()).items():
             p.add_argument(f"--{key.replace('_', '-')}", f"--{key}", type=type(default), help=f"usually {default}")
@@ -487,10 +501,12 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
+    torch.set_flush_denormal(True)      # CPUs compute the far tails of a softmax up to 100 times slower as denormals
     try:
         if args.n < 1:
             raise ValueError(f"--n {args.n}: expected a number from 1")
         run = load(args.run, args.vqgan, args.device, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype])
+        run.compile = args.compile
         given = {k: getattr(args, k) for k in vars(run.sampling) if getattr(args, k) is not None}
         sampling = replace(run.sampling, **given)
         words = replace(sampling, temperature=given.get("temperature", 0.0))    # text is greedy by default

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import flex_attention
 
-from model import Cache, ChunkedNLL, ModelConfig, Transformer
+import model
+from model import Cache, ChunkedNLL, ModelConfig, Transformer, attend, block_mask, visible
 
 ROOT = Path(__file__).parent.parent
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3}
@@ -87,6 +89,21 @@ def test_packed_rows_equal_examples_alone(name):
     assert packed.isfinite().all()
     for logits, ids in zip(packed.split([6, 1, 8, 3]), parts):
         close(logits, model(ids[None])[0])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_block_masks_equal_masks(monkeypatch, groups, softcap, window):
+    """On GPUs, packed rows see something else than on CPUs; here FlexAttention's own eager code stands for its kernels."""
+    monkeypatch.setattr(model, "flex", lambda name: getattr(flex_attention, name))
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 200, 8), torch.randn(2, groups, 200, 8), torch.randn(2, groups, 200, 8)
+    documents = torch.repeat_interleave(torch.tensor([[0, 1, 2, -1], [0, 1, 2, 3]]), torch.tensor([90, 1, 60, 49]), dim=1)
+    slots = torch.arange(200)
+    wanted = attend(q, k, v, visible(slots, slots, documents, window=window), 0.5, softcap)
+    close(attend(q, k, v, block_mask(documents, window), 0.5, softcap), wanted)
 
 
 @everywhere

@@ -10,16 +10,31 @@ from model import ModelConfig, Transformer
 from vqgan import VQGAN, VQGANConfig
 
 
+SLIDING = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]}
+FAMILIES = {
+    "llama": {"model_type": "llama", "tie_word_embeddings": False},
+    "qwen2": {"model_type": "qwen2", **SLIDING},
+    "qwen3": {},
+    "qwen3, rows from a codebook": {"codebook_dim": 4, "codebook_size": 20},
+    "gemma": {"model_type": "gemma", "hidden_act": "gelu_pytorch_tanh"},
+    "gemma2": {"model_type": "gemma2", **SLIDING, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0},
+    "gemma3": {"model_type": "gemma3_text", **SLIDING, "rope_local_base_freq": 50.0},
+}
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
 def tiny(seed=0, **options):
     torch.manual_seed(seed)
     model = Transformer(ModelConfig(vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                                     num_attention_heads=4, num_key_value_heads=2, head_dim=8, **options)).eval()
+    if "codebook_size" in options:
+        model.model.image_rows.start(torch.randn(options["codebook_size"], options["codebook_dim"]))
     for p in model.parameters():
         p.data += 0.3 * torch.randn_like(p)     # far from the uniform start, so that mistakes change the argmax
     return model
 
 
-PROMPTS = [[1, 5, 9], [2], [7, 7, 7, 8, 3, 4], [1, 5, 9]]
+PROMPTS, NEGATIVES = [[1, 5, 9], [2], [7, 7, 7, 8, 3, 4], [1, 5, 9]], [[3], [3, 4, 5, 6], [3], [2]]
 
 
 def slowly(model, prompt, n, rows, negative=None, guidance=1.0):
@@ -36,20 +51,45 @@ def slowly(model, prompt, n, rows, negative=None, guidance=1.0):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, dict(sliding_window=3, layer_types=["sliding_attention", "full_attention"]),
-                                     dict(codebook_dim=4, codebook_size=20)])
-def test_cached_padded_batch_equals_each_prompt_alone_without_cache(options):
-    model = tiny(**options)
+@every_family
+def test_cached_padded_batch_equals_each_prompt_alone_without_cache(family):
+    """Padding, a window or a position shifts in the cache, or rows of a batch mix."""
+    model = tiny(**FAMILIES[family])
     out = sample.generate(model, PROMPTS, 7, (10, 50), temperature=0)
     assert out.tolist() == [slowly(model, p, 7, (10, 50)) for p in PROMPTS]
 
 
 @torch.no_grad()
-def test_guidance_in_one_batch_equals_two_separate_passes():
+@every_family
+def test_guidance_in_one_batch_equals_two_separate_passes(family):
     """Prompts and their negatives differ in length: a wrong padding or a wrong pairing shows here."""
-    model, negatives = tiny(), [[3], [3, 4, 5, 6], [3], [2]]
-    out = sample.generate(model, PROMPTS, 6, (10, 50), negatives, guidance=3.0, temperature=0)
-    assert out.tolist() == [slowly(model, p, 6, (10, 50), q, 3.0) for p, q in zip(PROMPTS, negatives)]
+    model = tiny(**FAMILIES[family])
+    out = sample.generate(model, PROMPTS, 6, (10, 50), NEGATIVES, guidance=3.0, temperature=0)
+    assert out.tolist() == [slowly(model, p, 6, (10, 50), q, 3.0) for p, q in zip(PROMPTS, NEGATIVES)]
+
+
+def draw_twice(model):
+    """Greedily, eager and compiled, prompts of two lengths -> programs that the compiler made."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for prompts in (PROMPTS, [p + [6] for p in PROMPTS]):
+        args = (model, prompts, 6, (10, 50), NEGATIVES, 3.0, 0)
+        assert torch.equal(sample.generate(*args, compile=True), sample.generate(*args))
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_compiled_steps_draw_the_same_from_one_program(monkeypatch):
+    """A number of the host is burned into the program, which then repeats a step, or is compiled again at each."""
+    traced = torch.compile(sample.decode_one, dynamic=False, fullgraph=True, backend="aot_eager")   # quick: all but the kernels
+    monkeypatch.setattr(sample, "compiled", lambda device_type: traced)
+    assert draw_twice(tiny(**FAMILIES["gemma2"])) == 1
+
+
+@pytest.mark.slow
+@every_family
+def test_compiled_steps_draw_the_same(family):
+    """The same with the kernels, in every family."""
+    assert draw_twice(tiny(**FAMILIES[family])) == 1
 
 
 def test_guidance_of_one_is_unguided():
