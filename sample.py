@@ -501,7 +501,6 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    torch.set_flush_denormal(True)      # CPUs compute the far tails of a softmax up to 100 times slower as denormals
     try:
         if args.n < 1:
             raise ValueError(f"--n {args.n}: expected a number from 1")
@@ -532,4 +531,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    torch.set_flush_denormal(True)      # of every thread to come; a softmax has denormal tails, which CPUs compute 100 times slower
     main()

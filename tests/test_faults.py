@@ -49,7 +49,7 @@ def flags(out, **options):
 
 def log_of(out):
     lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "seconds")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "mfu", "waiting", "seconds")} for line in lines]
 
 
 def same_run(a, b):

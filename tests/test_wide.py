@@ -254,9 +254,9 @@ def test_encoding_with_workers_names_each_broken_file_and_keeps_the_order(tmp_pa
     for name in ("0", "3"):
         (tmp_path / f"{name}.png").write_text("no picture")
     pictures, cfg = data.read_folder(tmp_path), train.Config(image_size=16, workers=2)
-    skipped = train.encode_shard(cfg, vqgan, pictures, tmp_path / "codes.pt", "x", torch.device("cpu"))
-    assert [f"{i}.png" in s for i, s in zip("03", skipped, strict=True)] == [True, True]
-    shard = data.read_shard(tmp_path / "codes.pt", "x")
+    train.encode_shard(cfg, vqgan, pictures, tmp_path / "codes.pt", "x", torch.device("cpu"))
+    shard, skipped = data.read_shard(tmp_path / "codes.pt", "x")
+    assert [Path(name).stem for name in skipped] == ["0", "3"]
     assert [Path(p.name).stem for p in shard] == ["1", "2", "4", "5"]
     for p in shard:
         alone = vqgan.encode(data.to_pixels(data.fit(data.load_image(p.name), 16)))[0]
