@@ -131,45 +131,40 @@ def grade(image: Image.Image) -> Scene:
     return best[1]
 
 
+PHRASES = (("{objects} on a {background} background", "a {size} {color} {shape} at the {place}"),
+           ("on a {background} background, {objects}", "at the {place} a {size} {color} {shape}"),
+           ("a {background} background with {objects}", "a {size} {color} {shape} in the {place}"))
+
+
 def describe(scene: Scene, rng: random.Random) -> str:
     """A caption that names all of the scene in one of several phrasings, its objects in reading order."""
-    first, joint, last = rng.choice([
-        ("", " at the ", f" on a {scene.background} background"),
-        (f"on a {scene.background} background, ", " in the ", ""),
-        (f"a {scene.background} background with ", " at the ", "")])
-    parts = [f"a {o.size} {o.color} {o.shape}{joint}{o.place}" for o in scene.objects]
-    return first + " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]])) + last
+    whole, part = rng.choice(PHRASES)
+    parts = [part.format(**o._asdict()) for o in scene.objects]
+    return whole.format(background=scene.background, objects=" and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]])))
 
 
 def read_description(text: str) -> Scene | None:
     """caption -> Scene, or None when it does not name one; inverse of describe."""
-    alternatives = ("|".join(words) for words in (SIZES, COLORS, SHAPES, PLACES))
-    one, ground = r"\ba ({}) ({}) ({}) (?:at|in) the ({})\b".format(*alternatives), rf"\ba ({'|'.join(BACKGROUNDS)}) background\b"
-    objects, background = re.findall(one, text), re.findall(ground, text)
-    rest = re.findall(r"\w+", re.sub(f"{one}|{ground}", "", text))
-    if len(background) != 1 or not objects or len({o[3] for o in objects}) != len(objects) or set(rest) - {"on", "with", "and"}:
+    sizes, colors, shapes, places, grounds = ("|".join(words) for words in (SIZES, COLORS, SHAPES, PLACES, BACKGROUNDS))
+    patterns = rf"\ba ({sizes}) ({colors}) ({shapes})\b", rf"\b(?:at|in) the ({places})\b", rf"\ba ({grounds}) background\b"
+    kinds, places, background = (re.findall(pattern, text) for pattern in patterns)
+    rest = re.findall(r"\w+", re.sub("|".join(patterns), "", text))
+    if len(background) != 1 or not 0 < len(kinds) == len(places) == len(set(places)) or set(rest) - {"on", "with", "and"}:
         return None
-    return Scene(background[0], tuple(sorted((Object(*o) for o in objects), key=lambda o: PLACES.index(o.place))))
+    objects = [Object(*kind, place) for kind, place in zip(kinds, places)]
+    return Scene(background[0], tuple(sorted(objects, key=lambda o: PLACES.index(o.place))))
 
 
-def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
-    """(question, answer) pairs of every kind that the scene allows."""
+def questions(scene: Scene) -> list[tuple[str, str]]:
+    """(question, answer) pairs of every kind."""
     at = {o.place: o for o in scene.objects}
-    kinds = [(o.color, o.shape) for o in scene.objects]
-    asked = [c for c in itertools.product(COLORS, SHAPES) if c not in WITHHELD and c not in kinds]
-    pairs = [("what is the background?", scene.background),
-             ("how many shapes are there?", NUMBERS[len(scene.objects)])]
-    place = rng.choice(PLACES)
-    pairs.append((f"which shape is at the {place}?", at[place].shape if place in at else "none"))
-    for o in scene.objects:
-        if sum(o.shape == p.shape for p in scene.objects) == 1:
-            pairs += [(f"what color is the {o.shape}?", o.color), (f"where is the {o.shape}?", o.place)]
-        if sum(o.color == p.color for p in scene.objects) == 1:
-            pairs.append((f"what size is the {o.color} shape?", o.size))
-    color = rng.choice(kinds)[0] if rng.random() < 0.7 else rng.choice(list(COLORS))
-    pairs.append((f"how many {color} shapes are there?", NUMBERS[sum(c == color for c, _ in kinds)]))
-    pairs.append(("is there any {} {}?".format(*rng.choice(kinds)), "yes"))
-    pairs.append(("is there any {} {}?".format(*rng.choice(asked)), "no"))
+    pairs = [("what is the background?", scene.background), ("how many shapes are there?", NUMBERS[len(scene.objects)])]
+    for place in PLACES:
+        o = at.get(place)
+        pairs += [(f"what is at the {place}?", f"a {o.size} {o.color} {o.shape}" if o else "nothing"),
+                  (f"which shape is at the {place}?", o.shape if o else "none"),
+                  (f"what color is the shape at the {place}?", o.color if o else "none"),
+                  (f"is there a shape at the {place}?", "yes" if o else "no")]
     return pairs
 
 
@@ -501,7 +496,7 @@ def scenes(count, seed, name, side=64, unseen=False, skip=()) -> list[Picture]:
             continue
         if len(pictures) == count:
             return pictures
-        captions, pairs = [describe(scene, rng) for _ in range(4)], questions(scene, rng)
+        captions, pairs = [describe(scene, rng) for _ in range(4)], questions(scene)
         talks = [rng.sample(pairs, min(8, len(pairs))) for _ in range(4)]   # eight questions cost little more than one
         pictures.append(Picture(f"{name}/{i}", partial(draw, scene, side), captions, talks))
 

@@ -531,5 +531,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    torch.set_flush_denormal(True)      # of every thread to come; a softmax has denormal tails, which CPUs compute 100 times slower
+    torch.set_flush_denormal(True)      # as in train.py
     main()

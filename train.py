@@ -110,7 +110,7 @@ class Config:
     context: int | None = None          # positions of a row
     accumulate: int = 1                 # parts that a batch is computed in, to save memory
     optimizer: str = "muon"             # muon (AdamW for what is no matrix) or adamw
-    lr: float = 0.02                    # of Muon, for the blocks' matrices
+    lr: float = 0.02                    # of Muon, for matrices
     lr_adam: float = 3e-3               # of AdamW, for everything else
     weight_decay: float = 0.0
     warmup: float = 0.03                # share of the steps
@@ -952,7 +952,8 @@ def train_transformer(cfg, splits, vqgan, process, log):
         with sample.fitting(path):
             model.load_state_dict(saved["model"])       # before it is cut up
     wide = parallel(cfg, model, process)
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2] if cfg.optimizer == "muon" else []
+    matrices = [p for name, p in model.model.named_parameters()
+                if p.ndim == 2 and name != "embed_tokens.weight" and cfg.optimizer == "muon"]
     optimizers = make_optimizers(matrices, model.parameters(), cfg.lr, cfg.lr_adam, cfg.weight_decay)
     start, position, guard = 0, None, Guard(cfg, 3, path, log, 0)
     if saved:
@@ -1150,5 +1151,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    torch.set_flush_denormal(True)      # of every thread to come; a softmax has denormal tails, which CPUs compute 100 times slower
+    torch.set_flush_denormal(True)      # softmax has denormal tails, which take CPUs 100 times longer; before threads start
     main()
