@@ -446,10 +446,10 @@ def test_a_codebook_that_collapses_is_reported(few, tmp_path, monkeypatch, capsy
     ("vq_restart_every", 0), ("heads", 3), ("hidden_size", 30), ("clip", -1), ("clip", "nan"), ("warmup", 2), ("uncond", 2),
     ("optimizer", "adam"), ("train", "rows"), ("image_rows", "fixed"), ("device", "abacus"), ("image_size", 50),
     ("image_size", 0), ("patch", 0), ("codes", 0), ("seed", -1), ("seed", 10 ** 30), ("workers", -1), ("lr", "nan"),
-    ("lr_adam", "inf"), ("ch", 30), ("ch_mult", "0"), ("vq_steps", 0), ("accumulate", 0), ("accumulate", 3),
-    ("context", 0), ("context", 9), ("layers", 0), ("eval_n", -1), ("mix", "t2i"), ("mix", "t2i=-1"), ("mix", "t2i=nan"), ("mix", "text=inf"), ("mix", "draw=1"),
-    ("perceptual", "nowhere"), ("vqgan", "nowhere"), ("init", "nowhere"), ("adversarial", -1), ("weight_decay", -1),
-    ("code_dim", 0), ("skip_nonfinite", -1), ("data", "nowhere"), ("text", "nowhere.txt")])
+    ("lr_adam", "inf"), ("ch", 30), ("ch_mult", "0"), ("vq_steps", 0), ("accumulate", 0), ("accumulate", 3), ("context", 0),
+    ("context", 9), ("layers", 0), ("eval_n", -1), ("mix", "t2i"), ("mix", "t2i=-1"), ("mix", "t2i=nan"), ("mix", "text=inf"),
+    ("mix", "draw=1"), ("perceptual", "nowhere"), ("vqgan", "nowhere"), ("init", "nowhere"), ("adversarial", -1),
+    ("weight_decay", -1), ("code_dim", 0), ("skip_nonfinite", -1), ("data", "nowhere"), ("text", "nowhere.txt")])
 def test_a_flag_out_of_range_is_named_before_anything_is_written(few, tmp_path, flag, value):
     """Hours of the first act before the third one finds a typing error."""
     said = end(*flags(tmp_path / "run", **{flag: value}))
