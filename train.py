@@ -374,7 +374,7 @@ def resumed(cfg, path, kind) -> dict | None:
     if not (cfg.resume and path.exists()):
         return None
     saved = read_checkpoint(path)
-    if saved.get("format") != kind:
+    if saved.get("format") != kind or not {"step", "skipped", "model", "optimizer", "random_state"} <= saved.keys():
         raise ValueError(f"{path}: not a checkpoint that this project can go on with")
     return saved
 
