@@ -155,17 +155,17 @@ def read_description(text: str) -> Scene | None:
     return Scene(background[0], tuple(sorted(objects, key=lambda o: PLACES.index(o.place))))
 
 
-def questions(scene: Scene) -> list[tuple[str, str]]:
-    """(question, answer) pairs of every kind."""
+def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+    """(question, answer) pairs in any order, one about each place, so that no answer gives another away."""
     at = {o.place: o for o in scene.objects}
     pairs = [("what is the background?", scene.background), ("how many shapes are there?", NUMBERS[len(scene.objects)])]
     for place in PLACES:
         o = at.get(place)
-        pairs += [(f"what is at the {place}?", f"a {o.size} {o.color} {o.shape}" if o else "nothing"),
-                  (f"which shape is at the {place}?", o.shape if o else "none"),
-                  (f"what color is the shape at the {place}?", o.color if o else "none"),
-                  (f"is there a shape at the {place}?", "yes" if o else "no")]
-    return pairs
+        pairs.append(rng.choice([(f"what is at the {place}?", f"a {o.size} {o.color} {o.shape}" if o else "nothing"),
+                                 (f"which shape is at the {place}?", o.shape if o else "none"),
+                                 (f"what color is the shape at the {place}?", o.color if o else "none"),
+                                 (f"is there a shape at the {place}?", "yes" if o else "no")]))
+    return rng.sample(pairs, len(pairs))
 
 
 CORNERS = {"circle": "no corners", "square": "four corners", "triangle": "three corners", "star": "five points"}
@@ -496,8 +496,7 @@ def scenes(count, seed, name, side=64, unseen=False, skip=()) -> list[Picture]:
             continue
         if len(pictures) == count:
             return pictures
-        captions, pairs = [describe(scene, rng) for _ in range(4)], questions(scene)
-        talks = [rng.sample(pairs, min(8, len(pairs))) for _ in range(4)]   # eight questions cost little more than one
+        captions, talks = [describe(scene, rng) for _ in range(4)], [questions(scene, rng) for _ in range(4)]
         pictures.append(Picture(f"{name}/{i}", partial(draw, scene, side), captions, talks))
 
 

@@ -25,6 +25,7 @@ import threading
 import time
 import types
 import typing
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -192,7 +193,7 @@ def resolve(cfg, splits, vqgan=None) -> Config:
     chosen = dict(patch=8 if scenic else 4, ch_mult=(1, 1) if scenic else (1, 2),
                   codes=512 if scenic else 1024, words=1024 if scenic else 4096,
                   vq_steps=800 if scenic else min(20_000, 600 + pictures // 4),
-                  steps=1550 if scenic else min(50_000, 600 + pictures // 2),
+                  steps=2000 if scenic else min(50_000, 600 + pictures // 2),
                   workers=0 if scenic else min(4, os.cpu_count() or 1))
     cfg = dataclasses.replace(cfg, **{k: v for k, v in chosen.items() if getattr(cfg, k) is None})
     f = cfg.patch * 2 ** (len(cfg.ch_mult) - 1)
@@ -523,14 +524,14 @@ def schedule(step, steps, warmup, decay=1.0):
 
 
 def orthogonalize(g, steps=5):
-    """The nearest semi-orthogonal matrix, roughly: Newton-Schulz iteration in float32 (Jordan et al. 2024, Muon)."""
-    x = g / (g.norm() + 1e-7)
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
+    """The nearest semi-orthogonal matrices to g (n, r, c), roughly: Newton-Schulz in float32 (Jordan et al. 2024, Muon)."""
+    x = g / (g.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
     for _ in range(steps):
-        gram = x @ x.T
-        x = 3.4445 * x + torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) @ x
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) @ x
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -541,15 +542,17 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            updates = defaultdict(dict)         # {shape: {parameter: its update}}, for matrices of one shape go together
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                update = full(p.grad.lerp(momentum, group["momentum"])).flatten(1)  # Nesterov
-                update = orthogonalize(update) * max(1, update.shape[0] / update.shape[1]) ** 0.5
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(shard_like(p, update.view(p.shape)), alpha=-group["lr"])
+                if p.grad is not None:
+                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    momentum.lerp_(p.grad, 1 - group["momentum"])
+                    update = full(p.grad.lerp(momentum, group["momentum"])).flatten(1)      # Nesterov
+                    updates[update.shape][p] = update
+            for (rows, columns), alike in updates.items():
+                for p, update in zip(alike, orthogonalize(torch.stack(list(alike.values())))):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(shard_like(p, update.reshape(p.shape)), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
 def make_optimizers(matrices, parameters, lr, lr_adam, weight_decay=0.0, betas=(0.9, 0.95)):

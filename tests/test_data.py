@@ -113,13 +113,15 @@ def test_scene_i_depends_on_seed_name_and_i_alone():
 
 def test_answers_are_true():
     red, blue = Object("small", "red", "square", "top left"), Object("large", "blue", "star", "bottom right")
-    answers = dict(data.questions(Scene("pink", (red, blue))))
-    assert answers["what is the background?"] == "pink" and answers["how many shapes are there?"] == "two"
-    words = "what is at the {}?", "which shape is at the {}?", "what color is the shape at the {}?", "is there a shape at the {}?"
     empty = "nothing", "none", "none", "no"
-    for place, wanted in zip(data.PLACES, (("a small red square", "square", "red", "yes"), empty, empty,
-                                           ("a large blue star", "star", "blue", "yes"))):
-        assert tuple(answers[question.format(place)] for question in words) == wanted
+    wanted = dict(zip(data.PLACES, (("a small red square", "square", "red", "yes"), empty, empty,
+                                    ("a large blue star", "star", "blue", "yes"))))
+    words = "what is at the {}?", "which shape is at the {}?", "what color is the shape at the {}?", "is there a shape at the {}?"
+    true = {question.format(place): answer for place, answers in wanted.items() for question, answer in zip(words, answers)}
+    true |= {"what is the background?": "pink", "how many shapes are there?": "two"}
+    asked = [data.questions(Scene("pink", (red, blue)), random.Random(i)) for i in range(50)]
+    assert all(len(pairs) == 6 and all(true[question] == answer for question, answer in pairs) for pairs in asked)
+    assert {question for pairs in asked for question, _ in pairs} == true.keys()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -143,9 +143,11 @@ def test_every_parameter_has_one_optimizer_and_muon_takes_matrices_only():
 
 
 def test_orthogonalize_leaves_singular_values_near_one():
-    for shape in ((20, 50), (50, 20), (30, 30)):
-        values = torch.linalg.svdvals(train.orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+    for shape in ((2, 20, 50), (2, 50, 20), (1, 30, 30)):
+        g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        values = torch.linalg.svdvals(train.orthogonalize(g))
         assert values.min() > 0.3 and values.max() < 1.3
+        assert torch.allclose(train.orthogonalize(g)[:1], train.orthogonalize(g[:1]), atol=1e-5)     # no matrix minds another
 
 
 def test_schedule_rises_stays_and_falls_to_zero():
