@@ -484,11 +484,13 @@ class Decoder(nn.Module):
 # The loss: a head of 264,192 rows would fill gigabytes with logits, so they come and go in chunks
 
 class ChunkedNLL(torch.autograd.Function):
-    """-log softmax(cap(x table^T))[target], chunk by chunk; backward computes each chunk's logits again.
+    """-log softmax(cap(x table^T))[target], chunk by chunk.
 
     x (N, D), table (V, D), targets (N,) -> nll (N,) float32, plus z_loss * logsumexp^2 (PaLM, arXiv 2204.02311, section 5).
+    Gradients of the sum are taken while a chunk's logits are there; backward scales them, or, for a loss that weighs
+    positions differently, goes through the chunks again.
     """
-    CHUNK = 2 ** 26     # bytes of float32 logits at a time
+    CHUNK = 2 ** 27     # bytes of float32 logits at a time
 
     @staticmethod
     def logits(x, table, softcap):
@@ -496,36 +498,46 @@ class ChunkedNLL(torch.autograd.Function):
         return z if softcap is None else z.div_(softcap).tanh_() * softcap
 
     @staticmethod
-    def forward(ctx, x, table, targets, z_loss, softcap):
-        ctx.size = max(1, ChunkedNLL.CHUNK // (4 * len(table)))
-        lse, nll = torch.empty(len(x), device=x.device), torch.empty(len(x), device=x.device)
-        for i in range(0, len(x), ctx.size):
-            s = slice(i, i + ctx.size)
+    def chunks(x, table, targets, z_loss, softcap, weights=None):
+        """-> nll (N,), and with weights (N,) the gradients of (weights * nll).sum() for x and table."""
+        nll, dx, dtable = torch.empty(len(x), device=x.device), torch.empty_like(x), None
+        if weights is not None:
+            dtable = torch.zeros_like(table)
+        size = max(1, ChunkedNLL.CHUNK // (4 * len(table)))
+        for i in range(0, len(x), size):
+            s = slice(i, i + size)
             z = ChunkedNLL.logits(x[s], table, softcap)             # (chunk, V)
-            lse[s] = z.logsumexp(-1)
-            nll[s] = lse[s] - z.gather(1, targets[s, None])[:, 0]
-        ctx.save_for_backward(x, table, targets, lse)
-        ctx.z_loss, ctx.softcap = z_loss, softcap
-        return nll + z_loss * lse.square() if z_loss else nll
+            slope = 1 - (z / softcap).square() if softcap and weights is not None else None
+            wanted, most = z.gather(1, targets[s, None]), z.amax(-1, keepdim=True)
+            total = z.sub_(most).exp_().sum(-1, keepdim=True)       # from here on, z / total is the softmax
+            lse = most + total.log()                                # (chunk, 1)
+            nll[s] = (lse - wanted + z_loss * lse.square())[:, 0]
+            if weights is not None:
+                w = weights[s, None]
+                g = z.mul_(w * (1 + 2 * z_loss * lse) / total).scatter_add_(1, targets[s, None], -w)
+                g = (g if slope is None else g.mul_(slope)).type_as(x)
+                dx[s] = g @ table
+                dtable.addmm_(g.T, x[s])
+        return nll, dx, dtable
+
+    @staticmethod
+    def forward(ctx, x, table, targets, z_loss, softcap):
+        ctx.save_for_backward(x, table, targets)
+        ctx.options, training = (z_loss, softcap), ctx.needs_input_grad[0]
+        ones = torch.ones(len(x), device=x.device) if training else None
+        nll, *gradients = ChunkedNLL.chunks(x, table, targets, z_loss, softcap, ones)
+        ctx.gradients = gradients if training else None
+        return nll
 
     @staticmethod
     def backward(ctx, grad):                                        # (N,)
-        x, table, targets, lse = ctx.saved_tensors
-        dx, dtable = torch.empty_like(x), torch.zeros_like(table) if ctx.needs_input_grad[1] else None
-        for i in range(0, len(x), ctx.size):
-            s = slice(i, i + ctx.size)
-            z = ChunkedNLL.logits(x[s], table, ctx.softcap)
-            slope = 1 - (z / ctx.softcap).square() if ctx.softcap else None
-            g = z.sub_(lse[s, None]).exp_()                         # softmax
-            if ctx.z_loss:
-                g.mul_(1 + 2 * ctx.z_loss * lse[s, None])
-            g.scatter_add_(1, targets[s, None], -torch.ones_like(g[:, :1]))
-            g.mul_(grad[s, None])
-            g = (g if slope is None else g.mul_(slope)).type_as(x)  # (chunk, V)
-            dx[s] = g @ table
-            if dtable is not None:
-                dtable.addmm_(g.T, x[s])
-        return dx, dtable, None, None, None
+        gradients, ctx.gradients, scale = ctx.gradients, None, grad[:1].sum()
+        if gradients is None or (grad != scale).any():
+            _, *gradients = ChunkedNLL.chunks(*ctx.saved_tensors, *ctx.options, grad)
+        else:
+            for g in gradients:
+                g.mul_(scale)
+        return *gradients, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
