@@ -156,16 +156,25 @@ def read_description(text: str) -> Scene | None:
 
 
 def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
-    """(question, answer) pairs in any order, one about each place, so that no answer gives another away."""
+    """(question, answer) pairs of every kind that the scene allows."""
     at = {o.place: o for o in scene.objects}
+    kinds = [(o.color, o.shape) for o in scene.objects]
+    asked = [c for c in itertools.product(COLORS, SHAPES) if c not in WITHHELD and c not in kinds]
     pairs = [("what is the background?", scene.background), ("how many shapes are there?", NUMBERS[len(scene.objects)])]
     for place in PLACES:
         o = at.get(place)
-        pairs.append(rng.choice([(f"what is at the {place}?", f"a {o.size} {o.color} {o.shape}" if o else "nothing"),
-                                 (f"which shape is at the {place}?", o.shape if o else "none"),
-                                 (f"what color is the shape at the {place}?", o.color if o else "none"),
-                                 (f"is there a shape at the {place}?", "yes" if o else "no")]))
-    return rng.sample(pairs, len(pairs))
+        pairs.append((f"what is at the {place}?", f"a {o.size} {o.color} {o.shape}" if o else "nothing"))
+        pairs.append((f"which shape is at the {place}?", o.shape if o else "none"))
+    for o in scene.objects:
+        if sum(o.shape == p.shape for p in scene.objects) == 1:
+            pairs += [(f"what color is the {o.shape}?", o.color), (f"where is the {o.shape}?", o.place)]
+        if sum(o.color == p.color for p in scene.objects) == 1:
+            pairs.append((f"what size is the {o.color} shape?", o.size))
+    color = rng.choice(kinds)[0] if rng.random() < 0.7 else rng.choice(list(COLORS))
+    pairs.append((f"how many {color} shapes are there?", NUMBERS[sum(c == color for c, _ in kinds)]))
+    pairs.append(("is there any {} {}?".format(*rng.choice(kinds)), "yes"))
+    pairs.append(("is there any {} {}?".format(*rng.choice(asked)), "no"))
+    return pairs
 
 
 CORNERS = {"circle": "no corners", "square": "four corners", "triangle": "three corners", "star": "five points"}
@@ -496,7 +505,8 @@ def scenes(count, seed, name, side=64, unseen=False, skip=()) -> list[Picture]:
             continue
         if len(pictures) == count:
             return pictures
-        captions, talks = [describe(scene, rng) for _ in range(4)], [questions(scene, rng) for _ in range(4)]
+        captions, pairs = [describe(scene, rng) for _ in range(4)], questions(scene, rng)
+        talks = [rng.sample(pairs, min(8, len(pairs))) for _ in range(4)]   # eight questions cost little more than one
         pictures.append(Picture(f"{name}/{i}", partial(draw, scene, side), captions, talks))
 
 

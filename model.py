@@ -661,12 +661,6 @@ class Transformer(nn.Module):
         nll = ChunkedNLL.apply(x[learned], head, targets[learned], z_loss, self.config.final_logit_softcapping)
         return torch.zeros(ids.shape, device=ids.device).masked_scatter(learned, nll)
 
-    def flops_per_token(self, context) -> float:
-        """Multiply-adds, times two, of forward and backward for a token that carries loss (PaLM, appendix B)."""
-        c = self.config
-        matrices = sum(p.numel() for p in self.model.layers.parameters() if p.ndim == 2) + c.vocab_size * c.hidden_size
-        return 6 * matrices + 6 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * context
-
     # Published weights and new rows
 
     @classmethod
