@@ -493,8 +493,8 @@ class ChunkedNLL(torch.autograd.Function):
     CHUNK = 2 ** 27     # bytes of float32 logits at a time
 
     @staticmethod
-    def logits(x, table, softcap):
-        z = (x @ table.T).float()
+    def logits(x, table, softcap, out=None):
+        z = torch.matmul(x, table.T, out=out).float()
         return z if softcap is None else z.div_(softcap).tanh_() * softcap
 
     @staticmethod
@@ -503,10 +503,11 @@ class ChunkedNLL(torch.autograd.Function):
         nll, dx, dtable = torch.empty(len(x), device=x.device), torch.empty_like(x), None
         if weights is not None:
             dtable = torch.zeros_like(table)
-        size = max(1, ChunkedNLL.CHUNK // (4 * len(table)))
+        size = max(1, min(len(x), ChunkedNLL.CHUNK // (4 * len(table))))
+        buffer = x.new_empty(size, len(table))                      # fresh pages would cost a fifth of the product
         for i in range(0, len(x), size):
             s = slice(i, i + size)
-            z = ChunkedNLL.logits(x[s], table, softcap)             # (chunk, V)
+            z = ChunkedNLL.logits(x[s], table, softcap, buffer[:len(x[s])])  # (chunk, V)
             slope = 1 - (z / softcap).square() if softcap and weights is not None else None
             wanted, most = z.gather(1, targets[s, None]), z.amax(-1, keepdim=True)
             total = z.sub_(most).exp_().sum(-1, keepdim=True)       # from here on, z / total is the softmax
