@@ -193,7 +193,7 @@ def resolve(cfg, splits, vqgan=None) -> Config:
     chosen = dict(patch=8 if scenic else 4, ch_mult=(1, 1) if scenic else (1, 2),
                   codes=512 if scenic else 1024, words=1024 if scenic else 4096,
                   vq_steps=800 if scenic else min(20_000, 600 + pictures // 4),
-                  steps=1700 if scenic else min(50_000, 600 + pictures // 2),
+                  steps=1650 if scenic else min(50_000, 600 + pictures // 2),
                   workers=0 if scenic else min(4, os.cpu_count() or 1))
     cfg = dataclasses.replace(cfg, **{k: v for k, v in chosen.items() if getattr(cfg, k) is None})
     f = cfg.patch * 2 ** (len(cfg.ch_mult) - 1)

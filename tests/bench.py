@@ -1,0 +1,255 @@
+"""Speed and memory, as a table of ratios: each peer or limit is timed in turns with us, in the same run.
+
+    python tests/bench.py                   # everything, some minutes; needs pip install -e ".[test]" diffusers
+    python tests/bench.py drawing loss      # some of its parts: drawing, bandwidth, loss, products, vqgan
+
+Every model is random, in float32, on the CPU; the number of threads is torch's own (OMP_NUM_THREADS).
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import sample  # noqa: E402
+from model import ModelConfig, Transformer  # noqa: E402
+from vqgan import VQGAN, VQGANConfig  # noqa: E402
+
+CODES = 8192
+
+
+def row(name, value, target=None, note=""):
+    met = "" if target is None else f"target {target:g}: {'met' if value >= target else 'NOT MET'}"
+    print(f"{name:<72} {value:7.2f}  {met:<18} {note}", flush=True)
+
+
+def seconds(*functions, repeats=3):
+    """The median time of each, after one call to warm up; in turns, so that a busy machine slows all alike."""
+    times = [[] for _ in functions]
+    for turn in range(repeats + 1):
+        for function, measured in zip(functions, times):
+            start = time.perf_counter()
+            function()
+            measured += [time.perf_counter() - start] if turn else []
+    return [statistics.median(measured) for measured in times]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing, against the loop of the official inference_t2i.py
+
+def gemma(words, **options):
+    """A random Gemma of transformers with image rows behind its words, and the same weights in ours."""
+    torch.manual_seed(0)
+    config = transformers.GemmaConfig(**{"vocab_size": words + CODES, "hidden_size": 384, "intermediate_size": 1536,
+                                         "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 1,
+                                         "head_dim": 96, **options})
+    theirs = transformers.GemmaForCausalLM(config).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        return theirs, Transformer.from_pretrained(folder).eval()
+
+
+def keep(logits, top_k, top_p):
+    """The official filter: every step is over the whole vocabulary."""
+    logits[logits < logits.topk(top_k).values[:, -1:]] = -torch.inf
+    ordered, order = logits.sort(descending=True)
+    past = ordered.softmax(-1).cumsum(-1) > top_p
+    past[:, 1:], past[:, 0] = past[:, :-1].clone(), False
+    logits[past.scatter(1, order, past)] = -torch.inf
+    return logits
+
+
+@torch.inference_mode()
+def official(model, prompts, n, words, guidance, temperature, top_k=0, top_p=1.0):
+    """Prompts, then their negatives -> codes' ids (B, n): a cache that grows, the full head, a mask over the words' logits."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    positions, cache, drawn = (mask.cumsum(-1) - 1).clamp(min=0), transformers.DynamicCache(config=model.config), []
+    for _ in range(n):
+        logits = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1]
+        conditional, unconditional = logits.chunk(2)
+        logits = unconditional + (conditional - unconditional) * guidance
+        logits[:, :words] = -torch.inf
+        if temperature:
+            new = keep(logits / temperature, top_k, top_p).softmax(-1).multinomial(1)
+        else:
+            new = logits.argmax(-1, keepdim=True)
+        drawn.append(new)
+        ids, positions = torch.cat([new, new]), positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    return torch.cat(drawn, dim=1)
+
+
+def drawing(n=64):
+    settings = {"temperature": 0.99, "top_k": 4096, "top_p": 0.96}
+    for words, target in ((32_000, 6), (256_000, 40)):
+        theirs, ours = gemma(words)
+        prompts, negatives = [list(range(10, 30 + 3 * i)) for i in range(4)], [[2, 9, 7]] * 4
+
+        def draw_theirs(n=n, **options):
+            return official(theirs, prompts + negatives, n, words, 7.0, **options)
+
+        def draw_ours(n=n, **options):
+            return sample.generate(ours, prompts, n, (words, words + CODES), negatives, 7.0, **options)
+
+        name = f"{words:,} + {CODES:,} rows: "
+        same = torch.equal(draw_theirs(32, temperature=0), draw_ours(32, temperature=0))
+        row(name + "greedy codes equal to the official loop's", same, 1)
+        peer, eager, compiled = seconds(lambda: draw_theirs(**settings), lambda: draw_ours(**settings),
+                                        lambda: draw_ours(**settings, compile=True))
+        row(name + "codes/s over the official loop's", peer / eager, target, f"{4 * n / eager:.0f} codes/s")
+        row(name + "the same with --compile", peer / compiled, target, f"{4 * n / compiled:.0f} codes/s")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing, against what the memory can deliver
+
+@torch.inference_mode()
+def bandwidth(n=32):
+    """Bytes of weights, image rows of the head and cache that a step must read, over the bytes that a plain sum reads."""
+    torch.manual_seed(0)
+    words, block = 32_000, torch.ones(2 ** 28)
+    config = ModelConfig(vocab_size=words + CODES, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+                         num_attention_heads=14, num_key_value_heads=2, head_dim=64)        # Qwen2.5-0.5B's shape
+    model = Transformer(config).eval()
+    read = sum(p.nbytes for p in model.model.layers.parameters()) + 4 * CODES * config.hidden_size
+    for batch in (1, 16):
+        def draw(n):
+            sample.generate(model, [[1, 2, 3]] * batch, n, (words, words + CODES), temperature=0)
+        summing, short, long = seconds(block.sum, lambda: draw(8), lambda: draw(8 + n))
+        cache = 4 * 2 * config.num_hidden_layers * batch * config.num_key_value_heads * config.head_dim * (10 + n // 2)
+        share = (read + cache) / ((long - short) / n) / (block.nbytes / summing)
+        row(f"share of the memory bandwidth that a step of batch {batch} reaches", share, None,
+            f"{block.nbytes / summing / 1e9:.1f} GB/s, {1000 * (long - short) / n:.0f} ms a step")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forward and backward with a large vocabulary, against transformers
+
+LARGE = dict(hidden_size=384, intermediate_size=1536, max_position_embeddings=2048)
+
+
+def loss_step(side, words, share=1.0, tokens=2048):
+    """-> a function that runs forward and backward on `tokens` positions, of which `share` have a target."""
+    options = dict(LARGE, vocab_size=words + CODES, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=1,
+                   head_dim=96)
+    torch.manual_seed(0)
+    ids = torch.randint(words, (1, tokens))
+    learned = torch.arange(tokens) >= tokens * (1 - share)
+    if side == "ours":
+        model, targets = Transformer(ModelConfig(model_type="gemma", hidden_act="gelu_pytorch_tanh", **options)), ids.roll(-1, 1)
+        targets = targets.where(learned, -100)
+        return lambda: (model.zero_grad(), model(ids, targets=targets).mean().backward())
+    model, labels = transformers.GemmaForCausalLM(transformers.GemmaConfig(**options)), ids.where(learned, -100)
+    return lambda: (model.zero_grad(), model(ids, labels=labels).loss.backward())
+
+
+def peak(side, words):
+    """How far forward and backward raise the resident memory of a fresh process above its weights, in bytes."""
+    command = [sys.executable, "-c", f"import bench; bench.print_peak({side!r}, {words})"]
+    return float(subprocess.run(command, cwd=Path(__file__).parent, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def print_peak(side, words):
+    step, level = loss_step(side, words), lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = level()        # weights are set in place, so that building the model never held more
+    step()
+    print((level() - before) * (1 if sys.platform == "darwin" else 1024))
+
+
+def loss():
+    for words, target in ((32_000, 1.1), (256_000, 1.3)):
+        name = f"{words:,} + {CODES:,} rows, 2,048 tokens: "
+        theirs, ours = peak("theirs", words), peak("ours", words)
+        row(name + "peak memory of transformers over ours", theirs / ours, 2 if words > 99_999 else None,
+            f"{theirs / 1e9:.2f} and {ours / 1e9:.2f} GB")
+        theirs, ours = seconds(loss_step("theirs", words), loss_step("ours", words))
+        row(name + "forward + backward of transformers over ours", theirs / ours, target, f"{theirs:.2f} and {ours:.2f} s")
+        theirs, ours = seconds(loss_step("theirs", words, 0.5), loss_step("ours", words, 0.5))
+        row(name + "the same with targets on the later half", theirs / ours, None, f"{theirs:.2f} and {ours:.2f} s")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training, against the machine's matrix products
+
+def products(context=512, rows=4):
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=8192, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
+                         num_key_value_heads=8, head_dim=64)
+    model, a = Transformer(config), torch.randn(2048, 2048)
+    ids = torch.randint(8192, (rows, context))
+    documents = (torch.arange(context) // (context // 2)).expand(rows, -1)
+
+    def step():
+        model.zero_grad()
+        model(ids, ids, documents=documents).mean().backward()
+
+    product, training = seconds(lambda: a @ a, step, repeats=5)
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2) + 8 * 512 * context // 2     # and attention
+    share = 6 * matrices * ids.numel() / training / (2 * 2048 ** 3 / product)
+    row("share of a 2048x2048 product's speed in training, width 512, 8 layers", share, 0.6,
+        f"{2 * 2048 ** 3 / product / 1e9:.0f} GFLOP/s in a product")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tokenizer, against the same shapes elsewhere
+
+def vqgan(size=128, batch=4):
+    import diffusers
+    torch.manual_seed(0)
+    widths, pixels = (1, 1, 2, 2, 4), torch.rand(batch, 3, size, size) * 2 - 1
+    ours = VQGAN(VQGANConfig(ch=64, ch_mult=widths))
+    chameleon = transformers.ChameleonVQVAE(transformers.ChameleonVQVAEConfig(
+        base_channels=64, channel_multiplier=list(widths), num_res_blocks=2, num_embeddings=8192, embed_dim=256,
+        latent_channels=256, resolution=size, attn_resolutions=None)).eval()
+    peer = diffusers.VQModel(down_block_types=("DownEncoderBlock2D",) * 5, up_block_types=("UpDecoderBlock2D",) * 5,
+                             block_out_channels=tuple(64 * w for w in widths), layers_per_block=2, latent_channels=256,
+                             num_vq_embeddings=8192, vq_embed_dim=256)
+
+    @torch.inference_mode()
+    def encode(model):
+        model.encode(pixels)
+
+    def train_ours():
+        out = ours(pixels)
+        (F.mse_loss(out.pixels, pixels) + out.loss).backward()
+
+    def train_peer():
+        out = peer(pixels)
+        (F.mse_loss(out.sample, pixels) + out.commit_loss.mean()).backward()
+
+    theirs, mine = seconds(lambda: encode(chameleon), lambda: encode(ours))
+    name = f"VQGAN of half Chameleon's width, {size} pixels: "
+    row(name + "images/s over transformers'", theirs / mine, 1, f"{batch / mine:.1f} images/s")
+    theirs, mine = seconds(train_peer, train_ours)
+    row(name + "forward + backward of diffusers over ours", theirs / mine, 1, f"{mine:.2f} s for {batch} images")
+
+
+PARTS = {f.__name__: f for f in (drawing, bandwidth, loss, products, vqgan)}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART", help="of " + ", ".join(PARTS))
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}")
+    for name in parser.parse_args(argv).parts or PARTS:
+        PARTS[name]()
+
+
+torch.set_flush_denormal(True)      # for all sides: denormal tails of a softmax are up to 100 times slower on CPUs
+
+if __name__ == "__main__":
+    main()
