@@ -137,7 +137,7 @@ def generate(model, prompts, n, allowed=None, negatives=None, guidance=1.0, temp
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen; text is greedy unless it is asked otherwise."""
-    guidance: float = 2.0
+    guidance: float = 1.5
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
