@@ -431,25 +431,26 @@ class CodebookRows(nn.Module):
         return self.down(F.silu(self.up(self.codebook)))
 
 
-def train_from(weight, first):
-    """The same rows, those before `first` out of reach of gradients: a part of the graph, so DDP and FSDP keep it."""
-    return torch.cat([weight[:first].detach(), weight[first:]]) if first and torch.is_grad_enabled() else weight
+def learned_only(weight, learned):
+    """The same rows, but gradients reach only the `learned` (V, 1) ones: a part of the graph, so DDP and FSDP keep it."""
+    return weight if learned is None or not torch.is_grad_enabled() else torch.where(learned, weight, weight.detach())
 
 
 class Decoder(nn.Module):
     """Everything but the head; the name `model` and those within are Hugging Face's."""
     def __init__(self, config):
         super().__init__()
-        self.config, self.first_trained = config, 0
+        self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size - config.codebook_size * bool(config.codebook_dim), config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config)
+        self.register_buffer("learned", None, persistent=False)     # rows of the table that gradients reach; None: all
         if config.codebook_dim:
             self.image_rows = CodebookRows(config)
 
     def table(self):
         """The embedding table (V, D)."""
-        weight = train_from(self.embed_tokens.weight, self.first_trained)
+        weight = learned_only(self.embed_tokens.weight, self.learned)
         return torch.cat([weight, self.image_rows().type_as(weight)]) if self.config.codebook_dim else weight
 
     @staticmethod
@@ -639,7 +640,7 @@ class Transformer(nn.Module):
     def head(self, table=None):
         """The rows that logits are products with (V, D)."""
         if not self.config.tie_word_embeddings:
-            return train_from(self.lm_head.weight, self.model.first_trained)
+            return learned_only(self.lm_head.weight, self.model.learned)
         return self.model.table() if table is None else table
 
     def logits(self, x, rows=None, table=None):
@@ -719,12 +720,14 @@ class Transformer(nn.Module):
             self.lm_head.weight = grown(self.lm_head.weight, rows, generator)
             self.lm_head.out_features += rows
 
-    def train_only_rows(self, first):
-        """Freeze everything but the rows from `first` on, of the table and of an untied head.
+    def train_only_rows(self, ids):
+        """Freeze everything but the rows of these ids, of the table and of an untied head.
 
-        The old rows share a parameter with the new ones and get gradients of zero: give them no weight decay.
+        The other rows share a parameter with them and get gradients of zero: give them no weight decay.
         """
         self.requires_grad_(False)
-        self.model.first_trained = first
+        learned = torch.zeros(self.config.vocab_size, 1, dtype=torch.bool, device=self.device)
+        learned[list(ids)] = True
+        self.model.learned = learned[:self.model.embed_tokens.num_embeddings]
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith(("model.embed_tokens", "model.image_rows", "lm_head")))

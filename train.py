@@ -39,6 +39,7 @@ import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -79,7 +80,7 @@ class Config:
     eval_every: int = 500               # steps between validation losses and pictures in samples/
     log_every: int = 20                 # steps between lines of log.jsonl
     init: str | None = None             # start from this Hugging Face folder, or hub name, of Gemma, Qwen or Llama
-    train: str = "all"                  # all, or embeddings: only the rows that were added to --init
+    train: str = "all"                  # all, or embeddings: only the rows that --init lacks or never used
     skip_nonfinite: int = 0             # steps of an act to leave out whose loss or gradient is not finite
     resume: bool = False                # go on with the run in --out
     overwrite: bool = False             # delete the run in --out first
@@ -324,8 +325,11 @@ def set_up(cfg) -> Process:
     if world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        if not dist.is_initialized():       # hours, for the others wait while one draws, or encodes what is left
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
+        if not dist.is_initialized():
+            store, rank, _ = next(rendezvous("env://"))
+            attempt = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)   # else it holds dead addresses
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=attempt, rank=rank, world_size=world,
+                                    timeout=timedelta(hours=6))     # the others wait while one draws, or encodes what is left
     return Process(dist.get_rank() if world > 1 else 0, world, device)
 
 
@@ -876,7 +880,7 @@ def build_model(cfg, vocab, vqgan) -> Transformer:
         old = model.config.vocab_size
         model.extend_vocab(vocab.size - old, seeded(cfg, 0))
         if cfg.train == "embeddings":
-            model.train_only_rows(old)
+            model.train_only_rows([*range(old, vocab.size), vocab.boi, vocab.eoi, vocab.uncond])
         return model
     codebook, from_codebook = vqgan.quantize.codebook().detach(), cfg.image_rows == "codebook"
     model = Transformer(ModelConfig(
