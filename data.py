@@ -44,7 +44,6 @@ COLORS = {"red": (222, 56, 49), "orange": (245, 140, 34), "yellow": (250, 214, 5
 SHAPES = ("circle", "square", "triangle", "star")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 BACKGROUNDS = {"white": (252, 252, 250), "gray": (196, 199, 205), "pink": (255, 212, 220), "navy": (28, 34, 66)}
-WITHHELD = {("red", "circle"), ("blue", "square"), ("green", "star")}   # never shown or mentioned in training
 NUMBERS = ("zero", "one", "two", "three")
 
 
@@ -60,13 +59,17 @@ class Scene(NamedTuple):
     objects: tuple[Object, ...]     # in the order of PLACES
 
 
-def random_scene(rng: random.Random, unseen=False) -> Scene:
-    """A scene without withheld combinations of color and shape; with unseen, exactly one of its objects is one."""
-    kinds = [(c, s) for c in COLORS for s in SHAPES if (c, s) not in WITHHELD]
+# Pairs of color and shape in an order in which both take turns; the first few are withheld from all training.
+PAIRS = [(list(COLORS)[i % 6], SHAPES[(i + i // 6) % 4]) for i in range(24)]
+WITHHELD = 3
+
+
+def random_scene(rng: random.Random, withheld=WITHHELD, unseen=False) -> Scene:
+    """A scene without withheld pairs of color and shape; with unseen, exactly one of its objects is such a pair."""
     places = sorted(rng.sample(range(4), rng.randint(1, 3)))
-    chosen = [rng.choice(kinds) for _ in places]
+    chosen = [rng.choice(PAIRS[withheld:]) for _ in places]
     if unseen:
-        chosen[rng.randrange(len(chosen))] = rng.choice(sorted(WITHHELD))
+        chosen[rng.randrange(len(chosen))] = rng.choice(PAIRS[:withheld])
     objects = tuple(Object(rng.choice(list(SIZES)), *kind, PLACES[p]) for kind, p in zip(chosen, places))
     return Scene(rng.choice(list(BACKGROUNDS)), objects)
 
@@ -155,25 +158,17 @@ def read_description(text: str) -> Scene | None:
     return Scene(background[0], tuple(sorted(objects, key=lambda o: PLACES.index(o.place))))
 
 
-def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+def questions(scene: Scene) -> list[tuple[str, str]]:
     """(question, answer) pairs of every kind that the scene allows."""
     at = {o.place: o for o in scene.objects}
-    kinds = [(o.color, o.shape) for o in scene.objects]
-    asked = [c for c in itertools.product(COLORS, SHAPES) if c not in WITHHELD and c not in kinds]
     pairs = [("what is the background?", scene.background), ("how many shapes are there?", NUMBERS[len(scene.objects)])]
     for place in PLACES:
         o = at.get(place)
-        pairs.append((f"what is at the {place}?", f"a {o.size} {o.color} {o.shape}" if o else "nothing"))
-        pairs.append((f"which shape is at the {place}?", o.shape if o else "none"))
-    for o in scene.objects:
-        if sum(o.shape == p.shape for p in scene.objects) == 1:
-            pairs += [(f"what color is the {o.shape}?", o.color), (f"where is the {o.shape}?", o.place)]
-        if sum(o.color == p.color for p in scene.objects) == 1:
-            pairs.append((f"what size is the {o.color} shape?", o.size))
-    color = rng.choice(kinds)[0] if rng.random() < 0.7 else rng.choice(list(COLORS))
-    pairs.append((f"how many {color} shapes are there?", NUMBERS[sum(c == color for c, _ in kinds)]))
-    pairs.append(("is there any {} {}?".format(*rng.choice(kinds)), "yes"))
-    pairs.append(("is there any {} {}?".format(*rng.choice(asked)), "no"))
+        pairs += [(f"what is at the {place}?", f"a {o.size} {o.color} {o.shape}" if o else "nothing"),
+                  (f"which shape is at the {place}?", o.shape if o else "none"),
+                  (f"is there anything at the {place}?", "yes" if o else "no")]
+        if o:
+            pairs.append((f"what color is the shape at the {place}?", o.color))
     return pairs
 
 
@@ -181,9 +176,9 @@ CORNERS = {"circle": "no corners", "square": "four corners", "triangle": "three 
 MIXES = {"orange": "red and yellow", "green": "blue and yellow", "purple": "red and blue"}
 
 
-def statement(rng: random.Random) -> str:
-    """One true sentence about shapes and colors."""
-    color, shape = rng.choice([k for k in itertools.product(COLORS, SHAPES) if k not in WITHHELD])
+def statement(rng: random.Random, withheld=WITHHELD) -> str:
+    """One true sentence about shapes and colors that names no withheld pair."""
+    color, shape = rng.choice(PAIRS[withheld:])
     mixed = rng.choice(list(MIXES))
     return rng.choice([
         f"Any {color} {shape} has {CORNERS[shape]}.",
@@ -495,33 +490,33 @@ class Split(NamedTuple):
     texts: list[str]
 
 
-def scenes(count, seed, name, side=64, unseen=False, skip=()) -> list[Picture]:
+def scenes(count, seed, name, side=64, withheld=WITHHELD, unseen=False, skip=()) -> list[Picture]:
     """Pictures of random scenes, none of which is in skip; scene i depends on (seed, name, i) alone."""
     pictures = []
     for i in itertools.count():
-        rng = random.Random(f"{seed}/{name}/{i}")
-        scene = random_scene(rng, unseen)
-        if scene in skip:
-            continue
         if len(pictures) == count:
             return pictures
-        captions, pairs = [describe(scene, rng) for _ in range(4)], questions(scene, rng)
-        talks = [rng.sample(pairs, min(8, len(pairs))) for _ in range(4)]   # eight questions cost little more than one
+        rng = random.Random(f"{seed}/{name}/{i}")
+        scene = random_scene(rng, withheld, unseen)
+        if scene in skip:
+            continue
+        captions, talks = [describe(scene, rng) for _ in range(4)], [[pair] for pair in questions(scene)]
+        rng.shuffle(talks)
         pictures.append(Picture(f"{name}/{i}", partial(draw, scene, side), captions, talks))
 
 
-def built_in(seed, side=64, train=20000, val=400, unseen=200) -> dict[str, Split]:
+def built_in(seed, side=64, withheld=WITHHELD, train=20000, val=400, unseen=200) -> dict[str, Split]:
     """The scenes, and English that every Python carries with statements about shapes and colors; val is never trained on."""
     from pydoc_data.topics import topics
-    held_out, rng = scenes(val, seed, "val", side), random.Random(f"{seed}/text")
+    held_out, rng = scenes(val, seed, "val", side, withheld), random.Random(f"{seed}/text")
     known = {p.open.args[0] for p in held_out}
     paragraphs = "\n\n".join(topics[key] for key in sorted(topics)).split("\n\n")
     english = list(dict.fromkeys(passages("\n\n".join(dict.fromkeys(paragraphs)))))     # the topics repeat each other
-    statements = [statement(rng) for _ in range(len(english))]
+    statements = [statement(rng, withheld) for _ in range(len(english))]
     train_texts, val_texts = hold_out(english)
-    return {"train": Split(scenes(train, seed, "train", side, skip=known), train_texts + statements),
+    return {"train": Split(scenes(train, seed, "train", side, withheld, skip=known), train_texts + statements),
             "val": Split(held_out, val_texts),
-            "unseen": Split(scenes(unseen, seed, "unseen", side, unseen=True), [])}
+            "unseen": Split(scenes(unseen * (withheld > 0), seed, "unseen", side, withheld, unseen=True), [])}
 
 
 def passages(text, length=160) -> list[str]:
@@ -544,10 +539,10 @@ def hold_out(items, share=20, most=400):
     return [x for i, x in enumerate(items) if i not in val], [items[i] for i in sorted(val)] or list(items)
 
 
-def load_source(data=None, text=None, seed=0, side=64) -> dict[str, Split]:
+def load_source(data=None, text=None, side=64, withheld=WITHHELD) -> dict[str, Split]:
     """The splits of a run: {"train", "val"} of the user's pictures and texts, or the built-in ones with "unseen" besides."""
     if data is None:
-        splits = built_in(seed, side)
+        splits = built_in(0, side, withheld)
     else:
         train, val = hold_out(read_pictures(data))
         splits = {"train": Split(train, []), "val": Split(val, [])}

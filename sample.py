@@ -9,12 +9,14 @@
     python sample.py text "A yield expression" --run runs/demo
     python sample.py eval --run runs/demo                                           # a table, and one JSON line last
     python sample.py export FOLDER --run runs/demo                                  # a Hugging Face folder
+    python sample.py compare runs/study-* --plot x.png                              # runs of train.py, side by side
 
 B rows   T positions   V rows of the table that may be chosen   D hidden size   n tokens to sample
 """
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
@@ -24,7 +26,9 @@ from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -346,6 +350,18 @@ def losses(model, examples, batch=32):
     return sums, counts
 
 
+@torch.inference_mode()
+def code_accuracy(run, pictures):
+    """How often the likeliest code is the true one, after a caption and the true codes before it; guessing: 1/K."""
+    right, (first, past_last) = [], run.vocab.image_rows
+    for p in filter(lambda p: p.captions, pictures):
+        example = data.render_t2i(run.vocab, run.tokenizer, p.captions[0], encode(run, [p.open()]).cpu())
+        ids, targets = (torch.tensor(x, device=run.device) for x in example)
+        drawn = (first <= targets) & (targets < past_last)
+        right += (run.model(ids[None])[0, drawn].argmax(-1) == targets[drawn]).tolist()
+    return mean(right)
+
+
 def score_drawings(images, wanted):
     """Drawn images against scenes -> (share drawn exactly, share of the wanted objects found)."""
     drawn = [data.grade(image) for image in images]
@@ -399,6 +415,14 @@ def score_answers(run, split, train, limit):
     return mean(s == a for s, (_, _, a) in zip(said, asked)), mean(g == a for g, (_, _, a) in zip(guesses, asked))
 
 
+def score_cloze(run):
+    """How often the true end of a sentence about a shape is likelier than three false ones, for every color and shape."""
+    texts = [f"Any {color} {shape} has {end}." for color, shape in data.PAIRS for end in data.CORNERS.values()]
+    sums, _ = losses(run.model, [data.render_text(run.vocab, run.tokenizer, text) for text in texts])
+    truth = [list(data.CORNERS).index(shape) for _, shape in data.PAIRS]
+    return mean(a == b for a, b in zip(sums.view(len(truth), -1).argmin(1).tolist(), truth))
+
+
 def score_scenes(run, pictures, sampling):
     """What is exact of built-in scenes when they are reconstructed, drawn from a caption, and captioned."""
     truth = [data.grade(p.open()) for p in pictures]
@@ -409,32 +433,152 @@ def score_scenes(run, pictures, sampling):
             "caption": mean(data.read_description(c) == t for c, t in zip(captions, truth))}
 
 
+def readable(picture) -> bool:
+    try:
+        return picture.open is not None and picture.open() is not None
+    except ValueError:
+        return False
+
+
 def evaluate(run, splits, n=200, sampling=None) -> dict:
     """All scores of a run on pictures and texts that it never trained on; what a source cannot tell is None."""
     val, train = splits["val"], splits["train"]
-    pictures = [p for p in val.pictures if p.open][:n]
+    pictures, trained = (list(itertools.islice(filter(readable, split.pictures), n)) for split in (val, train))
     _, psnr, used = score_reconstructions(run, pictures)
     accuracy, majority = score_answers(run, pictures, train.pictures, n)
     bits, unigram = bits_per_byte(run, val.texts, train.texts) if val.texts else (None, None)
     seen, unseen = {}, {}
     if "unseen" in splits:
-        seen, unseen = (score_scenes(run, part, sampling) for part in (pictures, splits["unseen"].pictures[:n]))
+        seen, unseen = (score_scenes(run, part, sampling) if part else {} for part in (pictures, splits["unseen"].pictures[:n]))
+        seen["cloze"] = score_cloze(run)
     else:
         captioned = [p for p in pictures if p.captions]
         said = caption(run, [p.open() for p in captioned])
         seen["caption"] = mean(words in p.captions for words, p in zip(said, captioned))
     return {"n": len(pictures), "reconstruction_psnr": psnr, "codes_used": used,
             "reconstruction_exact": seen.get("reconstruction"),
+            "t2i_code_accuracy": code_accuracy(run, pictures), "t2i_code_accuracy_train": code_accuracy(run, trained),
             "t2i_exact": seen.get("t2i"), "t2i_objects": seen.get("objects"), "caption_exact": seen.get("caption"),
             "vqa": accuracy, "vqa_majority": majority, "text_bits_per_byte": bits, "text_bits_per_byte_unigram": unigram,
-            "reconstruction_unseen_combinations": unseen.get("reconstruction"), "t2i_unseen_combinations": unseen.get("t2i"),
-            "caption_unseen_combinations": unseen.get("caption")}
+            "text_cloze": seen.get("cloze"), "reconstruction_unseen_combinations": unseen.get("reconstruction"),
+            "t2i_unseen_combinations": unseen.get("t2i"), "caption_unseen_combinations": unseen.get("caption")}
 
 
 def print_scores(scores):
     for name, value in scores.items():
         print(f"{name:<38} {'-' if value is None else value if isinstance(value, int) else format(value, '.3f')}")
     print(json.dumps({name: round(value, 4) if isinstance(value, float) else value for name, value in scores.items()}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparing runs
+
+class Trained(NamedTuple):
+    """What a run of train.py says about itself."""
+    config: dict
+    size: int                               # parameters of the blocks
+    curve: list[tuple[float, dict]]         # (FLOPs so far, held-out losses)
+    results: dict[str, float]               # the last losses, and the scores
+
+
+def read_runs(path) -> list[Trained]:
+    """A run folder, or a .json file of runs that an earlier comparison saved."""
+    if str(path).endswith(".json"):
+        text = data.read_utf8(path)
+        with fitting(path):
+            return [Trained(**run) for run in json.loads(text)]
+    folder = Path(path)
+    config = json.loads(data.read_utf8(folder / "config.json"))
+    weights = read_checkpoint(folder / "model.pt")["model"]
+    size = sum(tensor.numel() for name, tensor in weights.items() if ".layers." in name)
+    with fitting(folder / "log.jsonl"):
+        lines = [line for _, line in data.read_jsonl(folder / "log.jsonl")]
+        curve = [(6 * size * line["step"] * config["rows"] * config["context"],
+                  {name: loss for name, loss in line.items() if name.startswith("val_")})
+                 for line in lines if line["act"] == 3 and any(name.startswith("val_") for name in line)]
+        if not curve:
+            raise ValueError("no held-out loss in it")
+        scores = next((line["scores"] for line in lines if "scores" in line), {})
+        return [Trained(config, size, curve, curve[-1][1] | {k: v for k, v in scores.items() if v is not None})]
+
+
+def grouped(runs) -> tuple[list[str], dict[tuple, list[Trained]]]:
+    """Runs that differ in nothing but their seed belong together -> the flags that tell groups apart, the groups by them."""
+    flags = [flag for flag in runs[0].config if flag not in ("seed", "out", "shards", "resume", "overwrite", "device", "workers")
+             and len({str(run.config.get(flag)) for run in runs}) > 1]
+    groups = defaultdict(list)
+    for run in runs:
+        groups[tuple(str(run.config.get(flag)) for flag in flags)].append(run)
+    return flags, dict(sorted(groups.items(), key=lambda group: (group[1][0].size, group[0])))
+
+
+def fit_line(x, y):
+    """Least squares -> slope, intercept, R squared."""
+    (slope, intercept), y = np.polyfit(x, y, 1), np.asarray(y)
+    rest = y - (slope * np.asarray(x) + intercept)
+    return slope, intercept, 1 - rest.var() / y.var()
+
+
+def mean_and_spread(values) -> str:
+    """With the standard deviation over seeds."""
+    return "-" if not values else f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+
+
+def print_comparison(flags, groups, names):
+    """A table with one line for each group."""
+    rows = [[*flags, "parameters", "seeds", *names]]
+    for key, runs in groups.items():
+        cells = [mean_and_spread([run.results[name] for run in runs if name in run.results]) for name in names]
+        rows.append([*key, f"{runs[0].size:,}", len(runs), *cells])
+    rows.insert(1, ["---"] * len(rows[0]))
+    print("\n".join(f"| {' | '.join(map(str, row))} |" for row in rows))
+
+
+def print_laws(groups, loss, score):
+    """How the loss follows from compute, if the sizes differ, and the score from the loss; each run is a point."""
+    runs = [run for group in groups.values() for run in group if loss in run.results]
+    if len({run.size for run in runs}) > 2:
+        slope, _, r2 = fit_line(*np.log([(run.curve[-1][0], run.results[loss]) for run in runs]).T)
+        print(f"{loss} ~ FLOPs^{slope:.3f} at the end of training (R squared {r2:.3f}, {len(runs)} runs)")
+    scored = [(run.results[loss], run.results[score]) for run in runs if score in run.results]
+    if len(scored) > 2:
+        slope, _, r2 = fit_line(*zip(*scored))
+        print(f"{score} ~ {slope:.3f} {loss} (R squared {r2:.3f}, {len(scored)} runs)")
+
+
+def plot_comparison(flags, groups, loss, score, path):
+    """Left: held-out loss along training. Right: the score that each run ended with."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError('--plot needs matplotlib, which is not installed: pip install -e ".[plot]"') from None
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number, (key, runs) in enumerate(groups.items()):
+        look = dict(color=f"C{number % 10}", marker=".")
+        label = ", ".join(f"{flag} {value}" for flag, value in zip(flags, key))
+        for run in runs:
+            left.plot(*zip(*((flops, losses[loss]) for flops, losses in run.curve if loss in losses)), **look, alpha=0.7)
+        ends = [(run.results[loss], run.results[score]) for run in runs if loss in run.results and score in run.results]
+        right.plot(*(zip(*ends) if ends else ([], [])), **look, linestyle="", label=label)
+    left.set(xscale="log", yscale="log", xlabel="FLOPs of training (6 x parameters of the blocks x tokens)", ylabel=loss)
+    right.set(xlabel=loss, ylabel=score)
+    right.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def compare(paths, loss="val_t2i", score="t2i_exact", show=None, plot=None, save=None):
+    """Print, draw and keep what separates runs of train.py."""
+    runs = [run for path in paths for run in read_runs(path)]
+    flags, groups = grouped(runs)
+    names = show.split(",") if show else dict.fromkeys(name for run in runs for name in run.results)
+    print_comparison(flags, groups, names)
+    print_laws(groups, loss, score)
+    if plot:
+        plot_comparison(flags, groups, loss, score, plot)
+    if save:
+        kept = [run._replace(config={flag: run.config.get(flag) for flag in (*flags, "seed")})._asdict() for run in runs]
+        data.write_atomically(save, lambda file: file.write(json.dumps(kept).encode()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -496,12 +640,21 @@ def parser():
         if name == "t2i":
             p.add_argument("--out", default="out.png")
             p.add_argument("--prompts", metavar="FILE", help="one prompt a line")
+    p = commands.add_parser("compare")
+    p.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or what --save wrote")
+    p.add_argument("--loss", default="val_t2i", help="of log.jsonl")
+    p.add_argument("--score", default="t2i_exact", help="of eval")
+    p.add_argument("--show", metavar="NAME,NAME", help="columns of the table; usually all losses and scores")
+    p.add_argument("--plot", metavar="PNG")
+    p.add_argument("--save", metavar="JSON", help="the numbers, without the runs")
     return top
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
     try:
+        if args.command == "compare":
+            return compare(args.runs, args.loss, args.score, args.show, args.plot, args.save)
         if args.n < 1:
             raise ValueError(f"--n {args.n}: expected a number from 1")
         run = load(args.run, args.vqgan, args.device, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype])
@@ -524,7 +677,7 @@ def main(argv=None):
             c = run.config
             if not c:
                 raise ValueError(f"--run {args.run}: eval needs a run of train.py, which knows its data")
-            splits = data.load_source(c["data"], c["text"], c["seed"], run.grid[0] * run.vqgan.config.f)
+            splits = data.load_source(c["data"], c["text"], run.grid[0] * run.vqgan.config.f, c["withheld"])
             print_scores(evaluate(run, splits, args.n, sampling))
     except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {error}")

@@ -59,6 +59,7 @@ RANGES = {(1, math.inf): """save_every eval_every log_every image_size vq_steps 
           (0, math.inf): """workers res_blocks words eval_n skip_nonfinite vq_lr vq_lr_adam lr lr_adam weight_decay clip z_loss
                             adversarial""",
           (0, 1): "vq_continuous adversarial_start warmup uncond",
+          (0, len(data.PAIRS) - 1): "withheld",
           (0, 2 ** 31 - 1): "seed"}
 CHOICES = dict(train=("all", "embeddings"), optimizer=("muon", "adamw"), image_rows=("free", "codebook"))
 
@@ -67,6 +68,7 @@ CHOICES = dict(train=("all", "embeddings"), optimizer=("muon", "adamw"), image_r
 class Config:
     # the run
     out: str = "runs/demo"              # folder of the run
+    withheld: int = data.WITHHELD       # pairs of color and shape that the built-in scenes never show in training
     data: str | None = None             # folder, .jsonl or .tar of pictures; none: built-in scenes
     text: str | None = None             # .txt or .jsonl of texts; none: built-in English (with the built-in scenes)
     preset: str = "laptop"              # differences from these defaults, see PRESETS
@@ -88,6 +90,7 @@ class Config:
     image_size: int | None = None       # pixels of a side
     pad: bool = False                   # pad pictures to a square instead of cropping their centre
     vqgan: str | None = None            # take this tokenizer instead of training one
+    shards: str | None = None           # folder of encoded pictures that runs with the same tokenizer share; none: OUT/codes
     vq_steps: int | None = None
     vq_batch: int = 32
     vq_lr: float = 0.03                 # of Muon, for kernels
@@ -107,8 +110,8 @@ class Config:
     adversarial_start: float = 0.5      # share of the steps before it begins
     # act 3, the transformer
     steps: int | None = None
-    mix: str = "t2i=6,i2t=2,vqa=3,text=1"
-    rows: int = 16                      # of a batch, over all processes
+    mix: str = "t2i=6,i2t=2,vqa=6,text=1"
+    rows: int = 8                       # of a batch, over all processes
     context: int | None = None          # positions of a row
     accumulate: int = 1                 # parts that a batch is computed in, to save memory
     optimizer: str = "muon"             # muon (AdamW for what is no matrix) or adamw
@@ -151,7 +154,7 @@ PRESETS = {
 
 
 # The paper's fine-tuning, with --init:
-FINETUNE = dict(optimizer="adamw", lr_adam=2e-5, weight_decay=0.0, warmup=0.03, image_rows="free", context=2048)
+FINETUNE = dict(optimizer="adamw", lr_adam=2e-5, weight_decay=0.0, warmup=0.03, image_rows="free", rows=16, context=2048)
 
 
 def kind_of(field):
@@ -193,15 +196,15 @@ def resolve(cfg, splits, vqgan=None) -> Config:
         cfg = dataclasses.replace(cfg, patch=vqgan.config.patch, ch_mult=vqgan.config.ch_mult, codes=vqgan.config.n_embed)
     chosen = dict(patch=8 if scenic else 4, ch_mult=(1, 1) if scenic else (1, 2),
                   codes=512 if scenic else 1024, words=1024 if scenic else 4096,
-                  vq_steps=800 if scenic else min(20_000, 600 + pictures // 4),
-                  steps=1650 if scenic else min(50_000, 600 + pictures // 2),
+                  vq_steps=1000 if scenic else min(20_000, 600 + pictures // 4),
+                  steps=1150 if scenic else min(50_000, 600 + pictures // 2),
                   workers=0 if scenic else min(4, os.cpu_count() or 1))
     cfg = dataclasses.replace(cfg, **{k: v for k, v in chosen.items() if getattr(cfg, k) is None})
     f = cfg.patch * 2 ** (len(cfg.ch_mult) - 1)
     if cfg.image_size is None:
         cfg.image_size = 64 if scenic else typical_size(splits["train"].pictures, f)
     if cfg.context is None:
-        cfg.context = 2 ** math.ceil(math.log2(max(128, 2 * (cfg.image_size // f) ** 2)))
+        cfg.context = 2 ** math.ceil(math.log2(max(256, 2 * (cfg.image_size // f) ** 2)))
     return cfg
 
 
@@ -785,12 +788,12 @@ SHARD = 4096    # pictures of a file
 
 
 def encode_pictures(cfg, vqgan, splits, process, log) -> dict[str, data.Split]:
-    """Splits of pictures -> the same with codes, from RUN/codes/ where they are there already."""
+    """Splits of pictures -> the same with codes, from the shards where they are there already."""
     fingerprint = f"{vqgan.fingerprint()} {cfg.image_size}{' padded' * cfg.pad}"
     encoded, skipped = {}, []
     for name, split in splits.items():
         parts = sample.batches(split.pictures, SHARD)
-        paths = [Path(cfg.out) / "codes" / f"{name}-{i:05d}.pt" for i in range(len(parts))]
+        paths = [Path(cfg.shards or Path(cfg.out) / "codes") / f"{name}-{i:05d}.pt" for i in range(len(parts))]
         bar = tqdm(total=len(split.pictures), desc=f"2 codes of {name}", disable=not process.first)
         for i, (path, part) in enumerate(zip(paths, parts)):
             if i % process.world == process.rank and not holds(path, part, fingerprint):
@@ -813,9 +816,12 @@ def encode_pictures(cfg, vqgan, splits, process, log) -> dict[str, data.Split]:
 
 
 def holds(path, pictures, fingerprint):
-    """Does a shard account for exactly these pictures?"""
-    shard = data.read_shard(path, fingerprint)
-    return shard is not None and sorted([*(p.name for p in shard[0]), *shard[1]]) == sorted(p.name for p in pictures)
+    """Does a shard account for exactly these pictures, and for all that is said about them?"""
+    def content(pictures):
+        return sorted((p.name, p.captions, p.talks) for p in pictures)
+    encoded, skipped = data.read_shard(path, fingerprint) or ([], {})
+    return bool(encoded or skipped) and (content(encoded), skipped.keys()) == (
+        content(p for p in pictures if p.name not in skipped), skipped.keys() & {p.name for p in pictures})
 
 
 def encode_shard(cfg, vqgan, pictures, path, fingerprint, device):
@@ -1059,7 +1065,7 @@ def train(cfg: Config, stop=None):
     """All three acts, then the scores -> the scores, or None on all processes but the first."""
     started, process, out = time.time(), set_up(cfg), Path(cfg.out)
     process.stop = stop or process.stop
-    splits = data.load_source(cfg.data, cfg.text, cfg.seed, cfg.image_size or 64)
+    splits = data.load_source(cfg.data, cfg.text, cfg.image_size or 64, cfg.withheld)
     ready = VQGAN.load(cfg.vqgan, process.device) if cfg.vqgan else None
     cfg = resolve(cfg, splits, ready)
     check(cfg, splits, process.world)
@@ -1114,8 +1120,8 @@ def configure(argv=None) -> Config:
     return Config(**{**PRESETS[given.get("preset", "laptop")], **(FINETUNE if given.get("init") else {}), **given})
 
 
-FREE = ("out", "resume", "overwrite", "device", "workers", "compile", "checkpointing", "shard", "save_every", "eval_every",
-        "log_every", "eval_n", "skip_nonfinite")       # flags that --resume may change
+FREE = ("out", "shards", "resume", "overwrite", "device", "workers", "compile", "checkpointing", "shard", "save_every",
+        "eval_every", "log_every", "eval_n", "skip_nonfinite")       # flags that --resume may change
 
 
 def stored_config(path, given) -> Config:

@@ -7,7 +7,7 @@ Every model is random, in float32, on the CPU; the number of threads is torch's 
 """
 
 import argparse
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -162,10 +162,13 @@ def peak(side, words):
 
 
 def print_peak(side, words):
-    step, level = loss_step(side, words), lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    before = level()        # weights are set in place, so that building the model never held more
+    def status(name):
+        return 1024 * int(re.search(rf"{name}:\s*(\d+)", Path("/proc/self/status").read_text())[1])     # Linux
+    step = loss_step(side, words)
+    Path("/proc/self/clear_refs").write_text("5")       # forget the peak of building the model
+    before = status("VmRSS")
     step()
-    print((level() - before) * (1 if sys.platform == "darwin" else 1024))
+    print(status("VmHWM") - before)
 
 
 def loss():

@@ -68,7 +68,7 @@ def whole(tmp_path_factory):
     """A run that nothing happened to; nobody may change it."""
     out, patch = tmp_path_factory.mktemp("whole") / "run", pytest.MonkeyPatch()
     full = data.built_in
-    patch.setattr(data, "built_in", lambda seed, side=64: shortened(full(seed, side, train=40, val=4, unseen=2)))
+    patch.setattr(data, "built_in", lambda *source: shortened(full(*source, train=40, val=4, unseen=2)))
     run(out)
     patch.undo()
     return out
@@ -169,7 +169,7 @@ def test_asked_to_stop_while_encoding_no_shard_is_lost(few, whole, tmp_path, mon
 DRIVER = """import os, signal, sys
 import data, test_train, train
 full = data.built_in
-data.built_in = lambda seed, side=64: test_train.shortened(full(seed, side, train=40, val=4, unseen=2))
+data.built_in = lambda *source: test_train.shortened(full(*source, train=40, val=4, unseen=2))
 {fault}
 train.main(sys.argv[1:])
 """

@@ -1,5 +1,7 @@
 """The decode loop, the choice of tokens, and the tasks, on tiny random models."""
 
+import json
+
 import pytest
 import torch
 from PIL import Image
@@ -185,3 +187,51 @@ def test_scores_see_what_is_wrong():
 def test_missing_files_end_in_one_sentence(argv, words):
     with pytest.raises(SystemExit, match=words):
         sample.main(argv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparing runs
+
+def finished(folder, width, seed, loss, score):
+    """What compare reads of a run whose loss halves from step 50 to 100."""
+    folder.mkdir()
+    config = dict(hidden_size=width, seed=seed, out=str(folder), rows=2, context=8)
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = {"model.layers.0.mlp.up_proj.weight": torch.zeros(width, width), "model.embed_tokens.weight": torch.zeros(50, width)}
+    torch.save({"format": "nanoLiquid model 1", "model": weights}, folder / "model.pt")
+    lines = [dict(act=3, step=50, val_t2i=2 * loss), dict(act=3, step=60, loss=1.0), dict(act=3, step=100, val_t2i=loss),
+             dict(act=4, step=0, scores=dict(n=2, t2i_exact=score, vqa=None))]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder)
+
+
+def test_compare_groups_runs_by_what_differs_but_the_seed(tmp_path, capsys):
+    """Seeds that count as settings, a mean over what differs, a law fitted to the wrong axis."""
+    runs = [finished(tmp_path / f"{w}-{s}", w, s, 16.0 * w ** -0.5 * noise, w / 100)
+            for w in (4, 16, 64) for s, noise in ((0, 0.9), (1, 1.1))]
+    sample.main(["compare", *runs, "--show", "val_t2i,t2i_exact", "--save", str(tmp_path / "runs.json")])
+    printed = capsys.readouterr().out
+    sample.main(["compare", str(tmp_path / "runs.json"), "--show", "val_t2i,t2i_exact"])
+    lines = capsys.readouterr().out.splitlines()
+    assert printed.splitlines() == lines
+    assert lines[0] == "| hidden_size | parameters | seeds | val_t2i | t2i_exact |"
+    assert lines[2] == "| 4 | 16 | 2 | 8.000 ± 1.131 | 0.040 ± 0.000 |" and len([x for x in lines if x[0] == "|"]) == 5
+    assert "val_t2i ~ FLOPs^-0.250 at the end" in lines[5]      # width^2 parameters, equal steps
+
+
+def test_compare_draws_a_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    runs = [finished(tmp_path / str(w), w, 0, 16 / w, w / 100) for w in (4, 16, 64)]
+    sample.main(["compare", *runs, "--plot", str(tmp_path / "x.png")])
+    assert data.load_image(tmp_path / "x.png").width > 500
+
+
+def test_compare_names_what_is_no_run(tmp_path):
+    run = finished(tmp_path / "run", 4, 0, 1.0, 0.5)
+    (tmp_path / "saved.json").write_text('[{"act": 3}]')
+    for path, name in ((tmp_path / "none", "config.json"), (tmp_path / "saved.json", "saved.json"), (tmp_path / "none.json", "none.json"),
+                       (run, "log.jsonl"), (run, "model.pt")):
+        if path == run:
+            (tmp_path / "run" / name).write_text('{"act": 3, "step": 1}')
+        with pytest.raises(SystemExit, match=f"sample.py: .*{name}: "):
+            sample.main(["compare", str(path)])

@@ -97,8 +97,8 @@ TINY = dict(vq_steps=6, vq_batch=4, vq_restart_every=2, ch=32, ch_mult=(1,), pat
             eval_n=0, device="cpu")
 
 
-def few_scenes(seed, side=64, full=data.built_in):
-    splits = full(seed, side, train=40, val=5, unseen=2)
+def few_scenes(*source, full=data.built_in):
+    splits = full(*source, train=40, val=5, unseen=2)
     return {name: split._replace(texts=split.texts[::40]) for name, split in splits.items()}
 
 
