@@ -687,10 +687,10 @@ class Transformer(nn.Module):
         return model
 
     @torch.no_grad()
-    def save_pretrained(self, folder, shard=5 * 10 ** 9):
-        """Write config.json and safetensors, in files of about `shard` bytes, for transformers or from_pretrained to open."""
+    def save_pretrained(self, folder, shard=5 * 10 ** 9, **keys):
+        """Write config.json, with these keys besides, and safetensors, in files of about `shard` bytes, for transformers to open."""
         folder, library = Path(folder), import_safetensors()
-        texts = {"config.json": config_to_hf(self.config) | {"dtype": str(self.dtype).removeprefix("torch.")}}
+        texts = {"config.json": config_to_hf(self.config) | {"dtype": str(self.dtype).removeprefix("torch.")} | keys}
         state = {k: v.contiguous() for k, v in self.state_dict().items() if "image_rows" not in k}
         state["model.embed_tokens.weight"] = self.model.table().detach().contiguous()
         parts = split(state, shard)

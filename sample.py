@@ -239,7 +239,7 @@ def export(run, folder, source=None):
     source: the Hugging Face folder that training began with, whose tokenizer files are carried along.
     """
     folder = Path(folder)
-    run.model.save_pretrained(folder)
+    run.model.save_pretrained(folder, bos_token_id=run.vocab.bos, eos_token_id=run.vocab.eos, pad_token_id=run.vocab.pad)
     for pattern in ("tokenizer*", "special_tokens*", "generation_config*", "chat_template*", "vocab.json", "merges.txt"):
         for file in Path(source).glob(pattern) if source else ():
             shutil.copy(file, folder / file.name)

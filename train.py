@@ -36,7 +36,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
@@ -47,7 +46,7 @@ from tqdm import tqdm
 
 import data
 import sample
-from model import Block, ChunkedNLL, ModelConfig, Transformer, rope_angles
+from model import ModelConfig, Transformer
 from vqgan import (Discriminator, Perceptual, ResnetBlock, VQGAN, VQGANConfig, adaptive_weight, discriminator_loss, distances,
                    draw_far, generator_loss, kmeans, read_checkpoint, usage)
 
@@ -454,70 +453,6 @@ def load_optimizers(optimizers, states):
         values = {i: {k: shard_like(parameters[i], v) if v.shape == parameters[i].shape else v for k, v in one.items()}
                   for i, one in state["state"].items()}
         optimizer.load_state_dict({**state, "state": values})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory on paper
-
-def kept_by_block(config, rows, context, low, residual) -> int:
-    """Bytes of activations that one block keeps for backward; it is run on tensors without data, and PyTorch counts.
-
-    low: the dtype of products; residual: that of what flows from block to block, and of the weights.
-    """
-    kept, held = {}, []         # held: storages must live, or their addresses would come back
-    def keep(tensor):
-        held.append(storage := tensor.untyped_storage())
-        kept[storage._cdata] = storage.nbytes()
-        return tensor
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(residual)
-    try:
-        with FakeTensorMode(), torch.autocast("cpu", low, enabled=low != residual):
-            block, x = Block(config, 0), torch.empty(rows, context, config.hidden_size, requires_grad=True)
-            angles = rope_angles(config, torch.arange(context)[None], False)
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                block(x, angles, None)
-            weights = [p.untyped_storage() for p in block.parameters()]
-    finally:
-        torch.set_default_dtype(usual)
-    copies = sum(p.numel() for p in block.parameters() if p.ndim == 2) * low.itemsize * (low != residual)
-    return sum(kept.values()) - sum(kept.get(w._cdata, 0) for w in weights) - copies
-
-
-def memory(config, rows, context, world=1, shard=False, checkpointing=False, mixed=True) -> float:
-    """Bytes at the peak of a step with AdamW, for `rows` packed rows on each device; mixed: bf16 products, as on CUDA."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    L, table = config.num_hidden_layers, config.vocab_size * config.hidden_size
-    every, block = (sum(p.numel() for p in part.parameters()) for part in (model, model.model.layers[0]))
-    root, low = every - L * block, torch.bfloat16 if mixed else torch.float32
-    residual = low if shard else torch.float32
-    x, kept = rows * context * config.hidden_size * residual.itemsize, kept_by_block(config, rows, context, low, residual)
-    activations = L * x + kept if checkpointing else L * kept
-    weights_and_moments, gradients = (n * every / (world if shard else 1) for n in (12, 4))
-    copies = low.itemsize * (root + 2 * block) if shard else 2 * every * mixed      # gathered, or made by autocast
-    arriving = (low.itemsize + 4) * root if shard else 8 * table                    # the table's, from head and embedding
-    chunk = min(ChunkedNLL.CHUNK, 4 * rows * context * config.vocab_size)
-    loss = 2 * chunk + (low.itemsize + 4 * (mixed and not shard)) * table           # logits and what logsumexp makes of them
-    buckets = gradients if world > 1 or shard else 0                                # DDP keeps room for all gradients
-    return weights_and_moments + copies + max(activations + loss + buckets, gradients + arriving)
-
-
-def print_memory(rows=4, context=2048):
-    """GiB for each GPU, without / with --checkpointing; every vocabulary is extended by 8192 image rows."""
-    sizes = {"Gemma-2B": ("gemma", 256000, 2048, 16384, 18, 8, 1, 256),
-             "Gemma-7B": ("gemma", 256000, 3072, 24576, 28, 16, 16, 256),
-             "Llama-3.2-1B": ("llama", 128256, 2048, 8192, 16, 32, 8, 64),
-             "Qwen2.5-0.5B": ("qwen2", 151936, 896, 4864, 24, 14, 2, 64),
-             "Qwen2.5-7B": ("qwen2", 152064, 3584, 18944, 28, 28, 4, 128),
-             "Qwen2.5-32B": ("qwen2", 152064, 5120, 27648, 64, 40, 8, 128)}
-    print("| model | 1 GPU | data parallel, 8 or 64 | `--shard`, 8 | `--shard`, 64 |\n|---|---|---|---|---|")
-    for name, (family, words, width, inner, layers, heads, groups, d) in sizes.items():
-        config = ModelConfig(family, words + 8192, width, inner, layers, heads, groups, d,
-                             tie_word_embeddings=name not in ("Qwen2.5-7B", "Qwen2.5-32B"))
-        cells = (" / ".join(f"{memory(config, rows, context, world, shard, c) / 2 ** 30:.0f}" for c in (False, True))
-                 for world, shard in ((1, False), (8, False), (8, True), (64, True)))
-        print(f"| {name} | {' | '.join(cells)} |")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,8 +13,7 @@ B batch   C channels   H, W pixels   h, w code grid (h = H / f)   K codes   e di
 
 import hashlib
 import re
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch

@@ -237,8 +237,9 @@ def test_a_pretrained_model_is_extended_trained_exported_and_sampled(few, tmp_pa
     assert drawn[0] == drawn[1]
     transformers = pytest.importorskip("transformers")
     ids = torch.tensor([[1, 2, 280]])
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)(ids).logits
-    assert torch.allclose(theirs, again.model(ids), atol=1e-4)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
+    assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (run.vocab.bos, run.vocab.eos)
+    assert torch.allclose(theirs(ids).logits, again.model(ids), atol=1e-4)
 
 
 def test_a_hub_name_is_downloaded_and_a_failure_is_one_sentence(tmp_path, monkeypatch):

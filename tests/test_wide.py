@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import memory
 import sample
 import train
 from model import ModelConfig, Transformer
@@ -163,7 +164,7 @@ def test_meter_counts_the_products_that_pytorch_counts():
 
 
 MEASURE = """
-import re, sys, torch, train
+import memory, re, sys, torch, train
 from dataclasses import replace
 from model import ModelConfig, Transformer
 config = ModelConfig(vocab_size=4000, hidden_size=256, intermediate_size=768, num_hidden_layers=6, head_dim=64)
@@ -182,7 +183,7 @@ steps(replace(config, vocab_size=64, num_hidden_layers=1), 8)
 before = peak()
 steps(config, 256)
 measured = peak() - before
-print(measured / train.memory(config, 4, 256, checkpointing=checkpointing, mixed=False))
+print(measured / memory.memory(config, 4, 256, checkpointing=checkpointing, mixed=False))
 """
 
 
@@ -191,18 +192,18 @@ print(measured / train.memory(config, 4, 256, checkpointing=checkpointing, mixed
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_memory_on_paper_is_the_measured_peak(checkpointing):
     """Within a quarter, on a CPU whose malloc gives large freed pieces back."""
-    env = dict(os.environ, OMP_NUM_THREADS="1", MALLOC_MMAP_THRESHOLD_="1000000")
+    env = dict(os.environ, PYTHONPATH=str(ROOT / "tests"), OMP_NUM_THREADS="1", MALLOC_MMAP_THRESHOLD_="1000000")
     ratio = subprocess.check_output([sys.executable, "-c", MEASURE, str(checkpointing)], cwd=ROOT, env=env, text=True)
     assert 0.75 < float(ratio) < 1.25
 
 
 def test_shards_and_checkpointing_save_what_they_are_for():
     config = ModelConfig(vocab_size=1000, hidden_size=256, num_hidden_layers=8, head_dim=64)
-    plain, shards, checkpointed = (train.memory(config, 4, 256, **kw) for kw in
+    plain, shards, checkpointed = (memory.memory(config, 4, 256, **kw) for kw in
                                    (dict(world=8), dict(world=8, shard=True), dict(world=8, checkpointing=True)))
     states = 16 * sum(p.numel() for p in Transformer(config).parameters())
     assert plain > states and shards < plain - states / 2 and checkpointed < plain
-    kept = [train.kept_by_block(config, 1, 128, torch.float32, torch.float32) for _ in range(2)]
+    kept = [memory.kept_by_block(config, 1, 128, torch.float32, torch.float32) for _ in range(2)]
     assert kept[0] == kept[1] and kept[0] % 128 == 0
 
 
