@@ -354,7 +354,7 @@ def losses(model, examples, batch=32):
 def code_accuracy(run, pictures):
     """How often the likeliest code is the true one, after a caption and the true codes before it; guessing: 1/K."""
     right, (first, past_last) = [], run.vocab.image_rows
-    for p in filter(lambda p: p.captions, pictures):
+    for p in pictures:
         example = data.render_t2i(run.vocab, run.tokenizer, p.captions[0], encode(run, [p.open()]).cpu())
         ids, targets = (torch.tensor(x, device=run.device) for x in example)
         drawn = (first <= targets) & (targets < past_last)
@@ -457,7 +457,8 @@ def evaluate(run, splits, n=200, sampling=None) -> dict:
         seen["caption"] = mean(words in p.captions for words, p in zip(said, captioned))
     return {"n": len(pictures), "reconstruction_psnr": psnr, "codes_used": used,
             "reconstruction_exact": seen.get("reconstruction"),
-            "t2i_code_accuracy": code_accuracy(run, pictures), "t2i_code_accuracy_train": code_accuracy(run, trained),
+            "t2i_code_accuracy": code_accuracy(run, [p for p in pictures if p.captions]),
+            "t2i_code_accuracy_train": code_accuracy(run, [p for p in trained if p.captions]),
             "t2i_exact": seen.get("t2i"), "t2i_objects": seen.get("objects"), "caption_exact": seen.get("caption"),
             "vqa": accuracy, "vqa_majority": majority, "text_bits_per_byte": bits, "text_bits_per_byte_unigram": unigram,
             "text_cloze": seen.get("cloze"), "reconstruction_unseen_combinations": unseen.get("reconstruction"),
