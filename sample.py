@@ -10,6 +10,7 @@
     python sample.py eval --run runs/demo                                           # a table, and one JSON line last
     python sample.py export FOLDER --run runs/demo                                  # a Hugging Face folder
     python sample.py compare runs/study-* --plot x.png                              # runs of train.py, side by side
+    python sample.py sweep runs/demo --option guidance --values 1,3,7               # drawings, value by value
 
 B rows   T positions   V rows of the table that may be chosen   D hidden size   n tokens to sample
 """
@@ -55,14 +56,11 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generators=(None,)):
     logits, order, rows = logits.float() / temperature, None, logits.shape[-1]
     if 0 < top_k < rows or top_p < 1:
         logits, order = logits.topk(min(top_k or rows, rows))       # (B, k), the most likely first
-    probs = logits.softmax(-1)
-    if top_p < 1:
-        probs[probs.cumsum(-1) - probs >= top_p] = 0                # what stands before it already reaches top_p
-    # argmax(p / Exponential(1)) is a draw from p (Gumbel's trick), without the sync that multinomial needs
-    part = probs[:len(probs) // len(generators)]
-    noise = torch.cat([torch.empty_like(part).exponential_(generator=g) for g in generators])
-    chosen = (probs / noise).argmax(-1)
-    return chosen if order is None else order.gather(-1, chosen[:, None])[:, 0]
+    reached = logits.softmax(-1).cumsum(-1)                         # (B, k)
+    last = (reached[:, :-1] < top_p).sum(-1, keepdim=True)          # (B, 1): the choice that reaches top_p
+    point = torch.cat([torch.rand(len(logits) // len(generators), 1, generator=g, device=logits.device) for g in generators])
+    chosen = torch.searchsorted(reached, point * reached.gather(-1, last), right=True)
+    return (chosen if order is None else order.gather(-1, chosen))[:, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -525,14 +523,17 @@ def mean_and_spread(values) -> str:
     return "-" if not values else f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
 
+def print_table(header, rows):
+    for row in (header, ["---"] * len(header), *rows):
+        print(f"| {' | '.join(map(str, row))} |")
+
+
 def print_comparison(flags, groups, names):
     """A table with one line for each group."""
-    rows = [[*flags, "parameters", "seeds", *names]]
-    for key, runs in groups.items():
-        cells = [mean_and_spread([run.results[name] for run in runs if name in run.results]) for name in names]
-        rows.append([*key, f"{runs[0].size:,}", len(runs), *cells])
-    rows.insert(1, ["---"] * len(rows[0]))
-    print("\n".join(f"| {' | '.join(map(str, row))} |" for row in rows))
+    print_table([*flags, "parameters", "seeds", *names],
+                [[*key, f"{runs[0].size:,}", len(runs),
+                  *(mean_and_spread([run.results[name] for run in runs if name in run.results]) for name in names)]
+                 for key, runs in groups.items()])
 
 
 def print_laws(groups, loss, score):
@@ -579,6 +580,31 @@ def compare(paths, loss="val_t2i", score="t2i_exact", show=None, plot=None, save
         plot_comparison(flags, groups, loss, score, plot)
     if save:
         kept = [run._replace(config={flag: run.config.get(flag) for flag in (*flags, "seed")})._asdict() for run in runs]
+        data.write_atomically(save, lambda file: file.write(json.dumps(kept).encode()))
+
+
+def sweep(paths, option, values, n=200, plot=None, save=None):
+    """Score how runs draw n held-out scenes under each value of one field of Sampling; plot: a row of drawings for each."""
+    runs, kept, rows, sheet = [load(path) for path in paths], [], [], []
+    if any(run.config.get("data", "") is not None for run in runs):
+        raise ValueError(f"sweep {' '.join(paths)}: only runs of train.py on built-in scenes can be scored")
+    side, withheld = runs[0].grid[0] * runs[0].vqgan.config.f, runs[0].config["withheld"]
+    pictures = data.built_in(0, side, withheld, train=1, val=n)["val"].pictures
+    prompts, truth = [p.captions[0] for p in pictures], [data.grade(p.open()) for p in pictures]
+    try:
+        choices = [replace(runs[0].sampling, **{option: type(getattr(Sampling(), option))(value)}) for value in values.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--values {values}: {error}") from None
+    for value, choice in zip(values.split(","), tqdm(choices, desc=option)):
+        exact, objects = zip(*(score_drawings(text_to_image(run, prompts, choice), truth) for run in runs))
+        kept.append({option: value, "t2i_exact": exact, "t2i_objects": objects})
+        rows.append([value, mean_and_spread(exact), mean_and_spread(objects)])
+        if plot:
+            sheet += text_to_image(runs[0], prompts[:1] * 8, choice)
+    print_table([option, "t2i_exact", "t2i_objects"], rows)
+    if plot:
+        data.grid(sheet, 8).save(plot)
+    if save:
         data.write_atomically(save, lambda file: file.write(json.dumps(kept).encode()))
 
 
@@ -648,6 +674,13 @@ def parser():
     p.add_argument("--show", metavar="NAME,NAME", help="columns of the table; usually all losses and scores")
     p.add_argument("--plot", metavar="PNG")
     p.add_argument("--save", metavar="JSON", help="the numbers, without the runs")
+    p = commands.add_parser("sweep")
+    p.add_argument("runs", nargs="+", metavar="RUN", help="trained on built-in scenes")
+    p.add_argument("--option", choices=["guidance", "temperature", "top_k", "top_p"], default="guidance")
+    p.add_argument("--values", default="1,1.5,3,5,7,15", metavar="X,Y")
+    p.add_argument("--n", type=int, default=200, help="held-out scenes")
+    p.add_argument("--plot", metavar="PNG", help="eight drawings of one prompt for each value, row by row")
+    p.add_argument("--save", metavar="JSON")
     return top
 
 
@@ -658,6 +691,8 @@ def main(argv=None):
             return compare(args.runs, args.loss, args.score, args.show, args.plot, args.save)
         if args.n < 1:
             raise ValueError(f"--n {args.n}: expected a number from 1")
+        if args.command == "sweep":
+            return sweep(args.runs, args.option, args.values, args.n, args.plot, args.save)
         run = load(args.run, args.vqgan, args.device, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype])
         run.compile = args.compile
         given = {k: getattr(args, k) for k in vars(run.sampling) if getattr(args, k) is not None}
