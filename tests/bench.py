@@ -91,8 +91,13 @@ def official(model, prompts, n, words, guidance, temperature, top_k=0, top_p=1.0
     return torch.cat(drawn, dim=1)
 
 
+def weights_read(model):
+    """Bytes of weights that a step of drawing must read: blocks, and the image rows of the head."""
+    return sum(p.nbytes for p in model.model.layers.parameters()) + 4 * CODES * model.config.hidden_size
+
+
 def drawing(n=64):
-    settings = {"temperature": 0.99, "top_k": 4096, "top_p": 0.96}
+    settings, block = {"temperature": 0.99, "top_k": 4096, "top_p": 0.96}, torch.ones(2 ** 28)
     for words, target in ((32_000, 6), (256_000, 40)):
         theirs, ours = gemma(words)
         prompts, negatives = [list(range(10, 30 + 3 * i)) for i in range(4)], [[2, 9, 7]] * 4
@@ -106,10 +111,12 @@ def drawing(n=64):
         name = f"{words:,} + {CODES:,} rows: "
         same = torch.equal(draw_theirs(32, temperature=0), draw_ours(32, temperature=0))
         row(name + "greedy codes equal to the official loop's", same, 1)
-        peer, eager, compiled = seconds(lambda: draw_theirs(**settings), lambda: draw_ours(**settings),
-                                        lambda: draw_ours(**settings, compile=True))
+        peer, eager, compiled, summing = seconds(lambda: draw_theirs(**settings), lambda: draw_ours(**settings),
+                                                 lambda: draw_ours(**settings, compile=True), block.sum)
+        limit = n * weights_read(ours) * summing / block.nbytes
         row(name + "codes/s over the official loop's", peer / eager, target, f"{4 * n / eager:.0f} codes/s")
         row(name + "the same with --compile", peer / compiled, target, f"{4 * n / compiled:.0f} codes/s")
+        row(name + "the same if a step did nothing but read its weights", peer / limit)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,13 +130,12 @@ def bandwidth(n=32):
     config = ModelConfig(vocab_size=words + CODES, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
                          num_attention_heads=14, num_key_value_heads=2, head_dim=64)        # Qwen2.5-0.5B's shape
     model = Transformer(config).eval()
-    read = sum(p.nbytes for p in model.model.layers.parameters()) + 4 * CODES * config.hidden_size
     for batch in (1, 16):
         def draw(n):
             sample.generate(model, [[1, 2, 3]] * batch, n, (words, words + CODES), temperature=0)
         summing, short, long = seconds(block.sum, lambda: draw(8), lambda: draw(8 + n))
         cache = 4 * 2 * config.num_hidden_layers * batch * config.num_key_value_heads * config.head_dim * (10 + n // 2)
-        share = (read + cache) / ((long - short) / n) / (block.nbytes / summing)
+        share = (weights_read(model) + cache) / ((long - short) / n) / (block.nbytes / summing)
         row(f"share of the memory bandwidth that a step of batch {batch} reaches", share, None,
             f"{block.nbytes / summing / 1e9:.1f} GB/s, {1000 * (long - short) / n:.0f} ms a step")
 
