@@ -492,6 +492,7 @@ class ChunkedNLL(torch.autograd.Function):
     positions differently, goes through the chunks again.
     """
     CHUNK = 2 ** 27     # bytes of float32 logits at a time
+    LEAST = 512         # but no fewer positions, which would make slow products
 
     @staticmethod
     def logits(x, table, softcap, out=None):
@@ -504,7 +505,7 @@ class ChunkedNLL(torch.autograd.Function):
         nll, dx, dtable = torch.empty(len(x), device=x.device), torch.empty_like(x), None
         if weights is not None:
             dtable = torch.zeros_like(table)
-        size = max(1, min(len(x), ChunkedNLL.CHUNK // (4 * len(table))))
+        size = max(1, min(len(x), max(ChunkedNLL.LEAST, ChunkedNLL.CHUNK // (4 * len(table)))))
         buffer = x.new_empty(size, len(table))                      # fresh pages would cost a fifth of the product
         for i in range(0, len(x), size):
             s = slice(i, i + size)

@@ -52,7 +52,7 @@ def memory(config, rows, context, world=1, shard=False, checkpointing=False, mix
     weights_and_moments, gradients = (n * every / (world if shard else 1) for n in (12, 4))
     copies = low.itemsize * (root + 2 * block) if shard else 2 * every * mixed      # gathered, or made by autocast
     arriving = (low.itemsize + 4) * root if shard else 8 * table                    # the table's, from head and embedding
-    chunk = min(ChunkedNLL.CHUNK, 4 * rows * context * config.vocab_size)
+    chunk = min(4 * rows * context * config.vocab_size, max(ChunkedNLL.CHUNK, 4 * ChunkedNLL.LEAST * config.vocab_size))
     loss = 2 * chunk + (low.itemsize + 4 * (mixed and not shard)) * table           # logits and what logsumexp makes of them
     buckets = gradients if world > 1 or shard else 0                                # DDP keeps room for all gradients
     return weights_and_moments + copies + max(activations + loss + buckets, gradients + arriving)
