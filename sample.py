@@ -584,7 +584,7 @@ def compare(paths, loss="val_t2i", score="t2i_exact", show=None, plot=None, save
 
 
 def sweep(paths, option, values, n=200, plot=None, save=None):
-    """Score how runs draw n held-out scenes under each value of one field of Sampling; plot: a row of drawings for each."""
+    """Score how runs draw n held-out scenes under each value of one field of Sampling; plot: a row of the longest prompt for each."""
     runs, kept, rows, sheet = [load(path) for path in paths], [], [], []
     if any(run.config.get("data", "") is not None for run in runs):
         raise ValueError(f"sweep {' '.join(paths)}: only runs of train.py on built-in scenes can be scored")
@@ -600,7 +600,7 @@ def sweep(paths, option, values, n=200, plot=None, save=None):
         kept.append({option: value, "t2i_exact": exact, "t2i_objects": objects})
         rows.append([value, mean_and_spread(exact), mean_and_spread(objects)])
         if plot:
-            sheet += text_to_image(runs[0], prompts[:1] * 8, choice)
+            sheet += text_to_image(runs[0], [max(prompts, key=len)] * 8, choice)
     print_table([option, "t2i_exact", "t2i_objects"], rows)
     if plot:
         data.grid(sheet, 8).save(plot)
@@ -679,7 +679,7 @@ def parser():
     p.add_argument("--option", choices=["guidance", "temperature", "top_k", "top_p"], default="guidance")
     p.add_argument("--values", default="1,1.5,3,5,7,15", metavar="X,Y")
     p.add_argument("--n", type=int, default=200, help="held-out scenes")
-    p.add_argument("--plot", metavar="PNG", help="eight drawings of one prompt for each value, row by row")
+    p.add_argument("--plot", metavar="PNG", help="eight drawings of the longest prompt for each value, row by row")
     p.add_argument("--save", metavar="JSON")
     return top
 
