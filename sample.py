@@ -584,28 +584,28 @@ def compare(paths, loss="val_t2i", score="t2i_exact", show=None, plot=None, save
 
 
 def sweep(paths, option, values, n=200, plot=None, save=None):
-    """Score how runs draw n held-out scenes under each value of one field of Sampling; plot: a row of the longest prompt for each."""
-    runs, kept, rows, sheet = [load(path) for path in paths], [], [], []
+    """Score how well runs draw n held-out scenes under each value of one field of Sampling; plot: a row of drawings for each."""
+    runs, values, kind = [load(path) for path in paths], values.split(","), type(getattr(Sampling(), option))
     if any(run.config.get("data", "") is not None for run in runs):
         raise ValueError(f"sweep {' '.join(paths)}: only runs of train.py on built-in scenes can be scored")
+    try:
+        choices = [replace(runs[0].sampling, **{option: kind(value)}) for value in values]
+    except ValueError as error:
+        raise ValueError(f"--values {','.join(values)}: {error}") from None
     side, withheld = runs[0].grid[0] * runs[0].vqgan.config.f, runs[0].config["withheld"]
     pictures = data.built_in(0, side, withheld, train=1, val=n)["val"].pictures
     prompts, truth = [p.captions[0] for p in pictures], [data.grade(p.open()) for p in pictures]
-    try:
-        choices = [replace(runs[0].sampling, **{option: type(getattr(Sampling(), option))(value)}) for value in values.split(",")]
-    except ValueError as error:
-        raise ValueError(f"--values {values}: {error}") from None
-    for value, choice in zip(values.split(","), tqdm(choices, desc=option)):
+    rows, sheet = [], []
+    for value, choice in zip(values, tqdm(choices, desc=option)):
         exact, objects = zip(*(score_drawings(text_to_image(run, prompts, choice), truth) for run in runs))
-        kept.append({option: value, "t2i_exact": exact, "t2i_objects": objects})
-        rows.append([value, mean_and_spread(exact), mean_and_spread(objects)])
+        rows.append({option: value, "t2i_exact": exact, "t2i_objects": objects})
         if plot:
             sheet += text_to_image(runs[0], [max(prompts, key=len)] * 8, choice)
-    print_table([option, "t2i_exact", "t2i_objects"], rows)
+    print_table(rows[0], [[value, *map(mean_and_spread, scores)] for value, *scores in map(dict.values, rows)])
     if plot:
         data.grid(sheet, 8).save(plot)
     if save:
-        data.write_atomically(save, lambda file: file.write(json.dumps(kept).encode()))
+        data.write_atomically(save, lambda file: file.write(json.dumps(rows).encode()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

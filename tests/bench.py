@@ -208,9 +208,10 @@ def products(context=512, rows=4):
 
     product, *training = seconds(lambda: a @ a, lambda: step(plain), lambda: step(compiled), repeats=5)
     matrices = sum(p.numel() for p in plain.parameters() if p.ndim == 2) + 8 * 512 * context // 2     # and attention
+    flops, limit = 6 * matrices * ids.numel(), 2 * 2048 ** 3 / product
     for name, taken in zip(("", ", with --compile"), training):
-        row("share of a 2048x2048 product's speed in training, width 512, 8 layers" + name,
-            6 * matrices * ids.numel() / taken / (2 * 2048 ** 3 / product), 0.6, f"{2 * 2048 ** 3 / product / 1e9:.0f} GFLOP/s in a product")
+        row("share of a 2048x2048 product's speed in training, width 512, 8 layers" + name, flops / taken / limit, 0.6,
+            f"{limit / 1e9:.0f} GFLOP/s in a product")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
