@@ -183,7 +183,7 @@ def loss():
         theirs, ours = peak("theirs", words), peak("ours", words)
         row(name + "peak memory of transformers over ours", theirs / ours, 2 if words > 99_999 else None,
             f"{theirs / 1e9:.2f} and {ours / 1e9:.2f} GB")
-        theirs, ours = seconds(loss_step("theirs", words), loss_step("ours", words))
+        theirs, ours = seconds(loss_step("theirs", words), loss_step("ours", words), repeats=9)
         row(name + "forward + backward of transformers over ours", theirs / ours, target, f"{theirs:.2f} and {ours:.2f} s")
         theirs, ours = seconds(loss_step("theirs", words, 0.5), loss_step("ours", words, 0.5))
         row(name + "the same with targets on the later half", theirs / ours, None, f"{theirs:.2f} and {ours:.2f} s")

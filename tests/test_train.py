@@ -280,7 +280,7 @@ def test_two_processes_make_the_loss_curve_of_one(tmp_path):
 def test_the_whole_story(tmp_path, monkeypatch):
     """The README's first command with smaller networks and less of everything, under two minutes: an act that does not learn."""
     monkeypatch.setattr(data, "built_in", partial(data.built_in, train=3000))
-    train.main(["--out", str(tmp_path), "--ch", "32", "--vq_steps", "400", "--hidden_size", "96", "--steps", "200", "--eval_n", "50",
+    train.main(["--out", str(tmp_path), "--ch", "32", "--vq_steps", "400", "--hidden_size", "96", "--steps", "260", "--eval_n", "50",
                 "--mix", "t2i=8,i2t=1,vqa=2,text=1"])
     scores = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["scores"]
     assert scores["reconstruction_psnr"] > 20 and scores["codes_used"] > 200
