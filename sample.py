@@ -58,6 +58,7 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generators=(None,)):
         logits, order = logits.topk(min(top_k or rows, rows))       # (B, k), the most likely first
     reached = logits.softmax(-1).cumsum(-1)                         # (B, k)
     last = (reached[:, :-1] < top_p).sum(-1, keepdim=True)          # (B, 1): the choice that reaches top_p
+    # One random number a row, without the sync that multinomial needs or noise for each of its choices
     point = torch.cat([torch.rand(len(logits) // len(generators), 1, generator=g, device=logits.device) for g in generators])
     chosen = torch.searchsorted(reached, point * reached.gather(-1, last), right=True)
     return (chosen if order is None else order.gather(-1, chosen))[:, 0]
