@@ -797,13 +797,18 @@ class Loader:
 
     tasks    {task: list of Picture or str}; mix {task: weight}
     rows     of a batch over all ranks; every rank plans the whole batch and renders rows rank, rank + world, ...
-    An example's choices (caption, question, dropped words) depend on (seed, task, epoch, index) alone.
+    uncond   share of drawings whose words are dropped
+    hide     share of the words of captions and answers that are learned but not read: what follows is told by the picture
+    jitter   turns codes to draw, with a torch.Generator, into codes that look alike
+    An example's choices (caption, question, dropped and hidden words, jitter) depend on (seed, task, epoch, index) alone.
     """
     PATIENCE = 64       # examples that may wait for the next batch before this one is closed
 
-    def __init__(self, tasks, mix, vocab, tokenizer, rows, context, seed=0, rank=0, world=1, uncond=0.1, state=None):
+    def __init__(self, tasks, mix, vocab, tokenizer, rows, context, seed=0, rank=0, world=1, state=None,
+                 uncond=0.1, hide=0.0, jitter=None):
         self.tasks, self.vocab, self.tokenizer = tasks, vocab, tokenizer
-        self.rows, self.context, self.seed, self.rank, self.world, self.uncond = rows, context, seed, rank, world, uncond
+        self.rows, self.context, self.seed, self.rank, self.world = rows, context, seed, rank, world
+        self.uncond, self.hide, self.jitter = uncond, hide, jitter
         self.mix = {task: weight for task, weight in mix.items() if weight > 0 and tasks.get(task)}
         if not self.mix:
             raise ValueError(f"nothing to train on: the mix asks for {', '.join(mix)}, and there are no examples of it")
@@ -841,12 +846,18 @@ class Loader:
         item, common = self.tasks[task][index], (self.vocab, self.tokenizer)
         if task == "text":
             return render_text(*common, item)
-        if task == "vqa":
-            return render_vqa(*common, item.codes, rng.choice(item.talks))
-        caption = rng.choice(item.captions)
-        if task == "i2t":
-            return render_i2t(*common, item.codes, caption)
-        return render_t2i(*common, None if rng.random() < self.uncond else caption, item.codes)
+        if task == "t2i":
+            caption, codes = rng.choice(item.captions), item.codes
+            words = None if rng.random() < self.uncond else caption
+            if self.jitter:
+                codes = self.jitter(codes, torch.Generator().manual_seed(rng.getrandbits(63)))
+            return render_t2i(*common, words, codes)
+        ids, targets = render_i2t(*common, item.codes, rng.choice(item.captions)) if task == "i2t" else \
+            render_vqa(*common, item.codes, rng.choice(item.talks))
+        if self.hide:
+            said = [IGNORE] + targets[:-1]
+            ids = [self.vocab.pad if word != IGNORE and rng.random() < self.hide else i for i, word in zip(ids, said)]
+        return ids, targets
 
     def plan(self):
         """Choose the examples of one batch: each goes to the fullest row that holds it, misfits wait for the next batch."""

@@ -585,7 +585,10 @@ def compare(paths, loss="val_t2i", score="t2i_exact", show=None, plot=None, save
 
 
 def sweep(paths, option, values, n=200, plot=None, save=None):
-    """Score how well runs draw n held-out scenes under each value of one field of Sampling; plot: a row of drawings for each."""
+    """Score how well runs draw n held-out scenes, and n with unseen combinations, under each value of one field of Sampling.
+
+    plot: a row of drawings for each value.
+    """
     runs, values, kind = [load(path) for path in paths], values.split(","), type(getattr(Sampling(), option))
     if any(run.config.get("data", "") is not None for run in runs):
         raise ValueError(f"sweep {' '.join(paths)}: only runs of train.py on built-in scenes can be scored")
@@ -594,14 +597,15 @@ def sweep(paths, option, values, n=200, plot=None, save=None):
     except ValueError as error:
         raise ValueError(f"--values {','.join(values)}: {error}") from None
     side, withheld = runs[0].grid[0] * runs[0].vqgan.config.f, runs[0].config["withheld"]
-    pictures = data.built_in(0, side, withheld, train=1, val=n)["val"].pictures
-    prompts, truth = [p.captions[0] for p in pictures], [data.grade(p.open()) for p in pictures]
+    splits = data.built_in(0, side, withheld, train=1, val=n, unseen=n)
+    wanted = {name: ([p.captions[0] for p in splits[split].pictures], [data.grade(p.open()) for p in splits[split].pictures])
+              for name, split in (("t2i_exact", "val"), ("t2i_unseen_combinations", "unseen")) if splits[split].pictures}
     rows, sheet = [], []
     for value, choice in zip(values, tqdm(choices, desc=option)):
-        exact, objects = zip(*(score_drawings(text_to_image(run, prompts, choice), truth) for run in runs))
-        rows.append({option: value, "t2i_exact": exact, "t2i_objects": objects})
+        rows.append({option: value} | {name: [score_drawings(text_to_image(run, prompts, choice), truth)[0] for run in runs]
+                                       for name, (prompts, truth) in wanted.items()})
         if plot:
-            sheet += text_to_image(runs[0], [max(prompts, key=len)] * 8, choice)
+            sheet += text_to_image(runs[0], [max(wanted["t2i_exact"][0], key=len)] * 8, choice)
     print_table(rows[0], [[value, *map(mean_and_spread, scores)] for value, *scores in map(dict.values, rows)])
     if plot:
         data.grid(sheet, 8).save(plot)

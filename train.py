@@ -36,6 +36,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
@@ -48,7 +49,7 @@ import data
 import sample
 from model import ModelConfig, Transformer
 from vqgan import (Discriminator, Perceptual, ResnetBlock, VQGAN, VQGANConfig, adaptive_weight, discriminator_loss, distances,
-                   draw_far, generator_loss, kmeans, read_checkpoint, usage)
+                   draw_far, generator_loss, jittered, kmeans, read_checkpoint, usage)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: one dataclass, turned into flags. None means: chosen by `resolve` from the data.
@@ -56,8 +57,8 @@ from vqgan import (Discriminator, Perceptual, ResnetBlock, VQGAN, VQGANConfig, a
 RANGES = {(1, math.inf): """save_every eval_every log_every image_size vq_steps vq_batch vq_restart_every ch patch z_channels
                             codes code_dim steps rows context accumulate hidden_size layers heads""",
           (0, math.inf): """workers res_blocks words eval_n skip_nonfinite vq_lr vq_lr_adam lr lr_adam weight_decay clip z_loss
-                            adversarial""",
-          (0, 1): "vq_continuous adversarial_start warmup uncond",
+                            adversarial jitter""",
+          (0, 1): "vq_continuous adversarial_start warmup uncond hide_words",
           (0, len(data.PAIRS) - 1): "withheld",
           (0, 2 ** 31 - 1): "seed"}
 CHOICES = dict(train=("all", "embeddings"), optimizer=("muon", "adamw"), image_rows=("free", "codebook"))
@@ -121,6 +122,8 @@ class Config:
     clip: float = 1.0                   # gradient norm
     z_loss: float = 0.0
     uncond: float = 0.1                 # share of drawings whose words are dropped
+    hide_words: float = 0.0             # share of the words of captions and answers that are learned but not read
+    jitter: float = 0.0                 # noise on the vectors of codes to draw, in standard deviations of the codebook
     words: int | None = None                       # size of the learned word vocabulary
     image_rows: str = "codebook"        # rows of the table for codes: free, or a function of the VQGAN's codebook
     hidden_size: int = 128
@@ -884,6 +887,22 @@ class Meter:
                     waiting=self.waited / seconds, padding=1 - self.tokens / self.slots)
 
 
+def learn(cfg, wide, batch, process):
+    """Add the gradients of a batch, in --accumulate parts -> this process's sums of losses and targets by task (2, tasks)."""
+    by_task = torch.zeros(2, len(data.TASKS), device=process.device)
+    # A drawing has many targets and a caption few: the sum over all is divided once, by the number of all, everywhere.
+    targets = process.sum((batch.targets != data.IGNORE).sum())
+    for part, (ids, wanted, positions, documents, kinds) in enumerate(zip(*(x.chunk(cfg.accumulate) for x in batch)), 1):
+        wide.require_backward_grad_sync = part == cfg.accumulate        # what DDP's no_sync sets
+        with process.autocast():
+            nll = wide(ids, wanted, positions, documents, z_loss=cfg.z_loss)
+        (nll.sum() * process.world / targets).backward()                # averaged over the processes: a sum
+        learned = wanted != data.IGNORE
+        by_task[0].index_add_(0, kinds[learned], nll.detach()[learned])
+        by_task[1].index_add_(0, kinds[learned], torch.ones_like(nll[learned]))
+    return by_task
+
+
 def train_transformer(cfg, splits, vqgan, process, log):
     """-> RUN/model.pt"""
     path, grid = Path(cfg.out) / "model.pt", tuple(splits["train"].pictures[0].codes.shape)
@@ -913,8 +932,9 @@ def train_transformer(cfg, splits, vqgan, process, log):
 
     # The data:
     tasks, held_out = task_lists(splits["train"]), task_lists(splits["val"])
+    look_alikes = partial(jittered, vqgan.quantize.codebook().detach().cpu(), cfg.jitter) if cfg.jitter else None
     loader = data.Loader(tasks, parse_mix(cfg.mix), vocab, tokenizer, cfg.rows, cfg.context, cfg.seed, process.rank,
-                         process.world, cfg.uncond, position)
+                         process.world, position, cfg.uncond, cfg.hide_words, look_alikes)
 
     def save(step, position):
         weights, *states = [gathered_state(x.state_dict(), process) for x in (model, *optimizers)]
@@ -944,20 +964,9 @@ def train_transformer(cfg, splits, vqgan, process, log):
             meter.count(batch, time.perf_counter() - asked)
         batch = batch.to(process.device)
         set_rate(optimizers, schedule(step, cfg.steps, cfg.warmup, decay=0.7 if cfg.optimizer == "muon" else 1.0))
-        # A drawing has many targets and a caption few: the sum over all is divided once, by the number of all, everywhere.
-        targets = process.sum((batch.targets != data.IGNORE).sum())
-        by_task = torch.zeros(3, len(data.TASKS), device=process.device)     # sums of losses, targets, and who asks to stop
-        for part, (ids, wanted, positions, documents, kinds) in enumerate(zip(*(x.chunk(cfg.accumulate) for x in batch)), 1):
-            wide.require_backward_grad_sync = part == cfg.accumulate        # what DDP's no_sync sets
-            with process.autocast():
-                nll = wide(ids, wanted, positions, documents, z_loss=cfg.z_loss)
-            (nll.sum() * process.world / targets).backward()                # averaged over the processes: a sum
-            learned = wanted != data.IGNORE
-            by_task[0].index_add_(0, kinds[learned], nll.detach()[learned])
-            by_task[1].index_add_(0, kinds[learned], torch.ones_like(nll[learned]))
+        by_task = learn(cfg, wide, batch, process)
         norm = full(nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)).item()
-        by_task[2] = process.stop.asked
-        sums, counts, asked = process.sum(by_task).tolist()
+        sums, counts, asked = process.sum(F.pad(by_task, (0, 0, 0, 1), value=process.stop.asked)).tolist()
         losses = {f"the loss of {task}": total for task, total in zip(data.TASKS, sums)}
         sound = guard.passes(step + 1, losses | {"the gradient": norm})
         step_all(optimizers, sound)
@@ -1065,7 +1074,7 @@ def stored_config(path, given) -> Config:
         cfg = Config(**{**stored, "ch_mult": tuple(stored["ch_mult"])})
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: not the configuration of a run ({error})") from None
-    clash = [f"--{k}" for k, v in given.items() if k not in FREE and stored[k] != (list(v) if isinstance(v, tuple) else v)]
+    clash = [f"--{k}" for k, v in given.items() if k not in FREE and getattr(cfg, k) != v]
     if clash:
         raise ValueError(f"--resume: {', '.join(clash)} differ from the run in {path.parent} (see its config.json)")
     return dataclasses.replace(cfg, **{**given, "overwrite": False})

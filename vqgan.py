@@ -243,6 +243,16 @@ def distances(vectors, centres):
     return (vectors - centres[nearest]).pow(2).sum(1), nearest
 
 
+def jittered(codebook, spread, codes, generator):
+    """codes (h, w) -> codes that look alike: nearest to their vectors in the codebook (K, e) after Gaussian noise.
+
+    spread: the noise in standard deviations of the codebook. (Lee et al. 2022, arXiv 2203.01941, draw training codes like this.)
+    """
+    vectors = codebook[codes.flatten().long()]                      # (h * w, e)
+    noise = torch.randn(vectors.shape, generator=generator)
+    return distances(vectors + spread * codebook.std(0) * noise, codebook)[1].view(codes.shape)
+
+
 def draw_far(squared, n, generator):
     """n indices, drawn in proportion to squared distances (N,): where the codebook is worst."""
     weights = squared.double().cpu() + 1e-12

@@ -249,8 +249,8 @@ def test_sweep_scores_and_draws_every_value(run, tmp_path, monkeypatch, capsys):
     files = ["--plot", str(tmp_path / "x.png"), "--save", str(tmp_path / "x.json")]
     sample.main(["sweep", "a", "b", "--values", "0,2.5", "--n", "3", *files])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "| guidance | t2i_exact | t2i_objects |" and [x.split()[1] for x in lines[2:]] == ["0", "2.5"]
-    assert [s.guidance for s in drawn] == [0, 0, 0, 2.5, 2.5, 2.5]      # two runs, and the picture
+    assert lines[0] == "| guidance | t2i_exact | t2i_unseen_combinations |" and [x.split()[1] for x in lines[2:]] == ["0", "2.5"]
+    assert [s.guidance for s in drawn] == [0] * 5 + [2.5] * 5           # two runs, two kinds of scenes, and the picture
     assert data.load_image(tmp_path / "x.png").size == (8 * 20 - 4, 2 * 20 - 4)
     assert [row["guidance"] for row in json.loads((tmp_path / "x.json").read_text())] == ["0", "2.5"]
     for argv, words in ((["--option", "top_k", "--values", "1,x"], "--values 1,x"), (["--n", "0"], "--n 0"),
