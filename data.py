@@ -797,18 +797,19 @@ class Loader:
 
     tasks    {task: list of Picture or str}; mix {task: weight}
     rows     of a batch over all ranks; every rank plans the whole batch and renders rows rank, rank + world, ...
-    uncond   share of drawings whose words are dropped
-    hide     share of the words of captions and answers that are learned but not read: what follows is told by the picture
-    jitter   turns codes to draw, with a torch.Generator, into codes that look alike
-    An example's choices (caption, question, dropped and hidden words, jitter) depend on (seed, task, epoch, index) alone.
+    uncond   share of drawings without words, for guidance
+    word_dropout    share of the words of captions and answers that are learned but not read, so that a picture has to tell
+             what follows (Bowman et al. 2016, arXiv 1511.06349)
+    perturb  turns codes to draw, with a torch.Generator, into codes that look alike
+    An example's choices (caption, question, what is dropped or perturbed) depend on (seed, task, epoch, index) alone.
     """
     PATIENCE = 64       # examples that may wait for the next batch before this one is closed
 
     def __init__(self, tasks, mix, vocab, tokenizer, rows, context, seed=0, rank=0, world=1, state=None,
-                 uncond=0.1, hide=0.0, jitter=None):
+                 uncond=0.1, word_dropout=0.0, perturb=None):
         self.tasks, self.vocab, self.tokenizer = tasks, vocab, tokenizer
         self.rows, self.context, self.seed, self.rank, self.world = rows, context, seed, rank, world
-        self.uncond, self.hide, self.jitter = uncond, hide, jitter
+        self.uncond, self.word_dropout, self.perturb = uncond, word_dropout, perturb
         self.mix = {task: weight for task, weight in mix.items() if weight > 0 and tasks.get(task)}
         if not self.mix:
             raise ValueError(f"nothing to train on: the mix asks for {', '.join(mix)}, and there are no examples of it")
@@ -849,14 +850,14 @@ class Loader:
         if task == "t2i":
             caption, codes = rng.choice(item.captions), item.codes
             words = None if rng.random() < self.uncond else caption
-            if self.jitter:
-                codes = self.jitter(codes, torch.Generator().manual_seed(rng.getrandbits(63)))
+            if self.perturb:
+                codes = self.perturb(codes, torch.Generator().manual_seed(rng.getrandbits(63)))
             return render_t2i(*common, words, codes)
         ids, targets = render_i2t(*common, item.codes, rng.choice(item.captions)) if task == "i2t" else \
             render_vqa(*common, item.codes, rng.choice(item.talks))
-        if self.hide:
-            said = [IGNORE] + targets[:-1]
-            ids = [self.vocab.pad if word != IGNORE and rng.random() < self.hide else i for i, word in zip(ids, said)]
+        if self.word_dropout:
+            said = [word != IGNORE for word in [IGNORE] + targets[:-1]]
+            ids = [self.vocab.pad if own and rng.random() < self.word_dropout else i for i, own in zip(ids, said)]
         return ids, targets
 
     def plan(self):

@@ -155,6 +155,10 @@ class Sampling:
                 raise ValueError(f"--{name} {getattr(self, name)}: out of range")
 
 
+LIQUID = Sampling(guidance=7.0, temperature=0.99, top_k=4096, top_p=0.96)     # the official inference_t2i.py
+GREEDY = Sampling(temperature=0.0)      # after train.py --code_noise: chance would draw the noise, too
+
+
 @dataclass
 class Run:
     """Everything needed to sample."""
@@ -165,8 +169,12 @@ class Run:
     grid: tuple[int, int]           # codes of a picture: rows, columns
     pad: bool                       # the aspect policy: pad to a square, or crop
     config: dict                    # what train.py was called with
-    sampling: Sampling = Sampling()
+    sampling: Sampling | None = None    # how pictures are drawn unless asked otherwise
     compile: bool = False           # the decode step
+
+    def __post_init__(self):
+        if self.sampling is None:
+            self.sampling = LIQUID if self.config.get("init") else GREEDY if self.config.get("code_noise") else Sampling()
 
     @property
     def device(self):
@@ -190,9 +198,6 @@ def fitting(path):
         yield
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: does not fit: {' '.join(str(error).split())[:300]}") from None
-
-
-LIQUID = Sampling(guidance=7.0, temperature=0.99, top_k=4096, top_p=0.96)     # the official inference_t2i.py
 
 
 def load(run, vqgan=None, device="auto", dtype=torch.float32) -> Run:
@@ -223,7 +228,7 @@ def load(run, vqgan=None, device="auto", dtype=torch.float32) -> Run:
     with fitting(file):
         fingerprint, config = layout["fingerprint"], layout["config"]
         run = Run(model.eval(), pixels, data.Vocab(**layout["vocab"]), data.load_tokenizer(layout["tokenizer"]),
-                  tuple(layout["grid"]), config["pad"], config, LIQUID if config.get("init") else Sampling())
+                  tuple(layout["grid"]), config["pad"], config)
     if fingerprint != pixels.fingerprint():
         raise ValueError(f"{vqgan_path}: not the VQGAN whose codes the model in {folder} was trained on")
     return run

@@ -49,7 +49,7 @@ import data
 import sample
 from model import ModelConfig, Transformer
 from vqgan import (Discriminator, Perceptual, ResnetBlock, VQGAN, VQGANConfig, adaptive_weight, discriminator_loss, distances,
-                   draw_far, generator_loss, jittered, kmeans, read_checkpoint, usage)
+                   draw_far, generator_loss, kmeans, perturb, read_checkpoint, usage)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: one dataclass, turned into flags. None means: chosen by `resolve` from the data.
@@ -57,8 +57,8 @@ from vqgan import (Discriminator, Perceptual, ResnetBlock, VQGAN, VQGANConfig, a
 RANGES = {(1, math.inf): """save_every eval_every log_every image_size vq_steps vq_batch vq_restart_every ch patch z_channels
                             codes code_dim steps rows context accumulate hidden_size layers heads""",
           (0, math.inf): """workers res_blocks words eval_n skip_nonfinite vq_lr vq_lr_adam lr lr_adam weight_decay clip z_loss
-                            adversarial jitter""",
-          (0, 1): "vq_continuous adversarial_start warmup uncond hide_words",
+                            adversarial code_noise""",
+          (0, 1): "vq_continuous adversarial_start warmup uncond word_dropout",
           (0, len(data.PAIRS) - 1): "withheld",
           (0, 2 ** 31 - 1): "seed"}
 CHOICES = dict(train=("all", "embeddings"), optimizer=("muon", "adamw"), image_rows=("free", "codebook"))
@@ -122,8 +122,8 @@ class Config:
     clip: float = 1.0                   # gradient norm
     z_loss: float = 0.0
     uncond: float = 0.1                 # share of drawings whose words are dropped
-    hide_words: float = 0.0             # share of the words of captions and answers that are learned but not read
-    jitter: float = 0.0                 # noise on the vectors of codes to draw, in standard deviations of the codebook
+    word_dropout: float = 0.0           # share of the words of captions and answers that are learned but not read
+    code_noise: float = 0.0             # noise on the vectors of codes to draw, in standard deviations of the codebook
     words: int | None = None                       # size of the learned word vocabulary
     image_rows: str = "codebook"        # rows of the table for codes: free, or a function of the VQGAN's codebook
     hidden_size: int = 128
@@ -932,9 +932,9 @@ def train_transformer(cfg, splits, vqgan, process, log):
 
     # The data:
     tasks, held_out = task_lists(splits["train"]), task_lists(splits["val"])
-    look_alikes = partial(jittered, vqgan.quantize.codebook().detach().cpu(), cfg.jitter) if cfg.jitter else None
+    perturbed = partial(perturb, vqgan.quantize.codebook().detach().cpu(), cfg.code_noise) if cfg.code_noise else None
     loader = data.Loader(tasks, parse_mix(cfg.mix), vocab, tokenizer, cfg.rows, cfg.context, cfg.seed, process.rank,
-                         process.world, position, cfg.uncond, cfg.hide_words, look_alikes)
+                         process.world, position, cfg.uncond, cfg.word_dropout, perturbed)
 
     def save(step, position):
         weights, *states = [gathered_state(x.state_dict(), process) for x in (model, *optimizers)]

@@ -243,14 +243,14 @@ def distances(vectors, centres):
     return (vectors - centres[nearest]).pow(2).sum(1), nearest
 
 
-def jittered(codebook, spread, codes, generator):
-    """codes (h, w) -> codes that look alike: nearest to their vectors in the codebook (K, e) after Gaussian noise.
+def perturb(codebook, noise, codes, generator):
+    """codes (h, w) -> codes that look alike: the nearest to their rows of the codebook (K, e) under Gaussian noise.
 
-    spread: the noise in standard deviations of the codebook. (Lee et al. 2022, arXiv 2203.01941, draw training codes like this.)
+    noise: in standard deviations of the codebook. (RQ-Transformer, arXiv 2203.01941, draws its training codes at random, too.)
     """
     vectors = codebook[codes.flatten().long()]                      # (h * w, e)
-    noise = torch.randn(vectors.shape, generator=generator)
-    return distances(vectors + spread * codebook.std(0) * noise, codebook)[1].view(codes.shape)
+    vectors = vectors + noise * codebook.std(0) * torch.randn(vectors.shape, generator=generator)
+    return distances(vectors, codebook)[1].view(codes.shape)
 
 
 def draw_far(squared, n, generator):

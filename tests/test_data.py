@@ -774,9 +774,9 @@ def test_the_share_of_unconditional_drawings_is_what_was_asked():
     assert share(0.0) == 0 and share(1.0) == 1 and abs(share(0.1) - 0.1) < 0.02
 
 
-def test_hidden_words_are_learned_but_not_read():
+def test_dropped_words_are_learned_but_not_read():
     """The picture and the question have to be read whole, and what is to be said must not change."""
-    plain, hiding, blind = mixed(), mixed(hide=0.3), mixed(hide=1.0)
+    plain, hiding, blind = mixed(), mixed(word_dropout=0.3), mixed(word_dropout=1.0)
     hidden = said = 0
     for key in [(task, 0, i) for task in data.TASKS for i in range(40)]:
         (ids, targets), (read, wanted), (none, _) = (loader.render(*key) for loader in (plain, hiding, blind))
@@ -787,13 +787,13 @@ def test_hidden_words_are_learned_but_not_read():
     assert abs(hidden / said - 0.3) < 0.04
 
 
-def test_jitter_changes_the_codes_to_draw_and_nothing_else():
+def test_noise_changes_the_codes_to_draw_and_nothing_else():
     def next_code(codes, generator):
         assert torch.rand(1, generator=generator) < 1
         return (codes + 1) % 16
     for task in data.TASKS:
         for i in range(20):
-            (ids, targets), (moved, wanted) = (mixed(jitter=jitter).render(task, 0, i) for jitter in (None, next_code))
+            (ids, targets), (moved, wanted) = (mixed(perturb=perturb).render(task, 0, i) for perturb in (None, next_code))
             first, past = VOCAB.image_rows
             expected = [first + (x - first + 1) % 16 if first <= x < past and task == "t2i" else x for x in ids]
             assert moved == expected

@@ -260,3 +260,8 @@ def test_sweep_scores_and_draws_every_value(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sample, "load", lambda path: run)
     with pytest.raises(SystemExit, match="sweep a: only runs of train.py on built-in scenes"):
         sample.main(["sweep", "a"])
+
+
+def test_how_a_run_was_trained_says_how_it_is_drawn_from(run):
+    for config, usual in (({}, sample.Sampling()), ({"code_noise": 0.4}, sample.GREEDY), ({"init": "gemma"}, sample.LIQUID)):
+        assert dataclasses.replace(run, config=config, sampling=None).sampling == usual

@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from vqgan import (Discriminator, Perceptual, Quantizer, VQGAN, VQGANConfig, adaptive_weight, discriminator_loss,
-                   generator_loss, jittered, kmeans, usage)
+                   generator_loss, kmeans, perturb, usage)
 
 TINY = VQGANConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=16, n_embed=64, embed_dim=8)
 BOTH = pytest.mark.parametrize("l2_norm", [False, True])
@@ -173,11 +173,11 @@ def test_kmeans_finds_clusters():
     assert kmeans(vectors[:3], 5, generator=generator).isfinite().all()     # fewer vectors than centres
 
 
-def test_jitter_stays_among_codes_that_look_alike():
+def test_noise_leads_to_codes_that_look_alike():
     """Codes 0, 2, 4 ... stand at one place, 1, 3, 5 ... at another far away: no noise of this size leads across."""
     far = torch.tensor([0.0, 100.0]).repeat(8)[:, None] + torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
     codes = torch.arange(16).view(2, 8).repeat(20, 1)
-    draw = lambda spread, seed=1: jittered(far, spread, codes, torch.Generator().manual_seed(seed))
+    draw = lambda noise, seed=1: perturb(far, noise, codes, torch.Generator().manual_seed(seed))
     assert torch.equal(draw(0), codes) and draw(0.05).shape == codes.shape
     assert torch.equal(draw(0.05) % 2, codes % 2) and 0.1 < (draw(0.05) != codes).float().mean() < 0.9
     assert torch.equal(draw(0.05), draw(0.05)) and not torch.equal(draw(0.05), draw(0.05, seed=2))
