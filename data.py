@@ -798,8 +798,8 @@ class Loader:
     tasks    {task: list of Picture or str}; mix {task: weight}
     rows     of a batch over all ranks; every rank plans the whole batch and renders rows rank, rank + world, ...
     uncond   share of drawings without words, for guidance
-    word_dropout    share of the words of captions and answers that are learned but not read, so that a picture has to tell
-             what follows (Bowman et al. 2016, arXiv 1511.06349)
+    word_dropout    share of the words of captions that are learned but not read, so that the picture has to tell what
+             follows (Bowman et al. 2016, arXiv 1511.06349)
     perturb  turns codes to draw, with a torch.Generator, into codes that look alike
     An example's choices (caption, question, what is dropped or perturbed) depend on (seed, task, epoch, index) alone.
     """
@@ -853,8 +853,9 @@ class Loader:
             if self.perturb:
                 codes = self.perturb(codes, torch.Generator().manual_seed(rng.getrandbits(63)))
             return render_t2i(*common, words, codes)
-        ids, targets = render_i2t(*common, item.codes, rng.choice(item.captions)) if task == "i2t" else \
-            render_vqa(*common, item.codes, rng.choice(item.talks))
+        if task == "vqa":
+            return render_vqa(*common, item.codes, rng.choice(item.talks))
+        ids, targets = render_i2t(*common, item.codes, rng.choice(item.captions))
         if self.word_dropout:
             said = [word != IGNORE for word in [IGNORE] + targets[:-1]]
             ids = [self.vocab.pad if own and rng.random() < self.word_dropout else i for i, own in zip(ids, said)]

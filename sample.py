@@ -509,7 +509,8 @@ def read_runs(path) -> list[Trained]:
 
 def grouped(runs) -> tuple[list[str], dict[tuple, list[Trained]]]:
     """Runs that differ in nothing but their seed belong together -> the flags that tell groups apart, the groups by them."""
-    flags = [flag for flag in runs[0].config if flag not in ("seed", "out", "shards", "resume", "overwrite", "device", "workers")
+    ignored = "seed", "out", "shards", "resume", "overwrite", "device", "workers"
+    flags = [flag for flag in dict.fromkeys(flag for run in runs for flag in run.config) if flag not in ignored
              and len({str(run.config.get(flag)) for run in runs}) > 1]
     groups = defaultdict(list)
     for run in runs:

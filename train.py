@@ -122,8 +122,8 @@ class Config:
     clip: float = 1.0                   # gradient norm
     z_loss: float = 0.0
     uncond: float = 0.1                 # share of drawings whose words are dropped
-    word_dropout: float = 0.0           # share of the words of captions and answers that are learned but not read
-    code_noise: float = 0.0             # noise on the vectors of codes to draw, in standard deviations of the codebook
+    word_dropout: float | None = None   # share of the words of captions that are learned but not read
+    code_noise: float | None = None     # noise on the vectors of codes to draw, in standard deviations of the codebook
     words: int | None = None                       # size of the learned word vocabulary
     image_rows: str = "codebook"        # rows of the table for codes: free, or a function of the VQGAN's codebook
     hidden_size: int = 128
@@ -151,12 +151,14 @@ PRESETS = {
                 adversarial=0.5, steps=50_000, rows=64, hidden_size=768, layers=12, heads=12, words=16_384, compile=True),
     "paper": dict(image_size=512, patch=1, ch=128, ch_mult=(1, 1, 2, 2, 4), z_channels=256, codes=8192, code_dim=256,
                   l2_norm=False, vq_steps=200_000, adversarial=0.5, steps=100_000, rows=512, context=2048,
-                  words=32_768, hidden_size=1024, layers=24, heads=16, image_rows="free", compile=True),
+                  words=32_768, hidden_size=1024, layers=24, heads=16, image_rows="free", word_dropout=0.0, code_noise=0.0,
+                  compile=True),
 }
 
 
 # The paper's fine-tuning, with --init:
-FINETUNE = dict(optimizer="adamw", lr_adam=2e-5, weight_decay=0.0, warmup=0.03, image_rows="free", rows=16, context=2048)
+FINETUNE = dict(optimizer="adamw", lr_adam=2e-5, weight_decay=0.0, warmup=0.03, image_rows="free", rows=16, context=2048,
+                word_dropout=0.0, code_noise=0.0)
 
 
 def kind_of(field):
@@ -200,6 +202,7 @@ def resolve(cfg, splits, vqgan=None) -> Config:
                   codes=512 if scenic else 1024, words=1024 if scenic else 4096,
                   vq_steps=1000 if scenic else min(20_000, 600 + pictures // 4),
                   steps=1150 if scenic else min(50_000, 600 + pictures // 2),
+                  word_dropout=0.25 if scenic else 0.0, code_noise=0.3 if scenic else 0.0,
                   workers=0 if scenic else min(4, os.cpu_count() or 1))
     cfg = dataclasses.replace(cfg, **{k: v for k, v in chosen.items() if getattr(cfg, k) is None})
     f = cfg.patch * 2 ** (len(cfg.ch_mult) - 1)

@@ -195,10 +195,10 @@ def test_missing_files_end_in_one_sentence(argv, words):
 # ---------------------------------------------------------------------------------------------------------------------
 # Comparing runs
 
-def finished(folder, width, seed, loss, score):
+def finished(folder, width, seed, loss, score, **flags):
     """What compare reads of a run whose loss halves from step 50 to 100."""
     folder.mkdir()
-    config = dict(hidden_size=width, seed=seed, out=str(folder), rows=2, context=8)
+    config = dict(hidden_size=width, seed=seed, out=str(folder), rows=2, context=8, **flags)
     (folder / "config.json").write_text(json.dumps(config))
     weights = {"model.layers.0.mlp.up_proj.weight": torch.zeros(width, width), "model.embed_tokens.weight": torch.zeros(50, width)}
     torch.save({"format": "nanoLiquid model 1", "model": weights}, folder / "model.pt")
@@ -220,6 +220,13 @@ def test_compare_groups_runs_by_what_differs_but_the_seed(tmp_path, capsys):
     assert lines[0] == "| hidden_size | parameters | seeds | val_t2i | t2i_exact |"
     assert lines[2] == "| 4 | 16 | 2 | 8.000 ± 1.131 | 0.040 ± 0.000 |" and len([x for x in lines if x[0] == "|"]) == 5
     assert "val_t2i ~ FLOPs^-0.250 at the end" in lines[5]      # width^2 parameters, equal steps
+
+
+def test_compare_sees_flags_that_an_older_run_lacks(tmp_path, capsys):
+    old, new = finished(tmp_path / "old", 4, 0, 1.0, 0.5), finished(tmp_path / "new", 4, 0, 1.0, 0.7, code_noise=0.4)
+    sample.main(["compare", old, new, "--show", "t2i_exact"])
+    rows = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == "| code_noise" and rows[2:4] == ["| 0.4", "| None"]
 
 
 def test_compare_draws_a_plot(tmp_path):

@@ -54,6 +54,16 @@ def test_all_acts_fill_the_run_folder_with_what_the_readme_promises(few, tmp_pat
     assert again == scores      # a run folder alone is enough to score it again
 
 
+def test_noise_reaches_training_and_nothing_that_is_scored(few, tmp_path, monkeypatch):
+    made, loader = [], data.Loader
+    monkeypatch.setattr(data, "Loader", lambda *args, **options: made.append(loader(*args, **options)) or made[-1])
+    train.train(train.Config(out=str(tmp_path), **{**TINY, "word_dropout": 0.5, "eval_n": 0}))
+    training, *others = made
+    assert training.word_dropout == 0.5 and training.perturb and others
+    assert not any(other.word_dropout or other.perturb for other in others)
+    assert json.loads((tmp_path / "config.json").read_text())["code_noise"] == 0.3          # the default with scenes
+
+
 def test_same_seed_same_weights_and_another_seed_others(few, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         train.train(train.Config(out=str(tmp_path / name), **{**TINY, "seed": seed, "eval_n": 0}))
@@ -278,10 +288,13 @@ def test_two_processes_make_the_loss_curve_of_one(tmp_path):
 
 @pytest.mark.slow
 def test_the_whole_story(tmp_path, monkeypatch):
-    """The README's first command with smaller networks and less of everything, under two minutes: an act that does not learn."""
+    """The README's first command with smaller networks and less of everything, under two minutes: an act that does not learn.
+
+    Without noise on the codes, which takes longer to learn from than this.
+    """
     monkeypatch.setattr(data, "built_in", partial(data.built_in, train=3000))
     train.main(["--out", str(tmp_path), "--ch", "32", "--vq_steps", "400", "--hidden_size", "96", "--steps", "260", "--eval_n", "50",
-                "--mix", "t2i=8,i2t=1,vqa=2,text=1"])
+                "--mix", "t2i=8,i2t=1,vqa=2,text=1", "--code_noise", "0"])
     scores = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["scores"]
     assert scores["reconstruction_psnr"] > 20 and scores["codes_used"] > 200
     assert scores["t2i_code_accuracy"] > 0.5 and scores["t2i_objects"] > 0.1        # guessed: 1/512, and less than 1/100
