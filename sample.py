@@ -604,8 +604,9 @@ def sweep(paths, option, values, n=200, plot=None, save=None):
         raise ValueError(f"--values {','.join(values)}: {error}") from None
     side, withheld = runs[0].grid[0] * runs[0].vqgan.config.f, runs[0].config["withheld"]
     splits = data.built_in(0, side, withheld, train=1, val=n, unseen=n)
-    wanted = {name: ([p.captions[0] for p in splits[split].pictures], [data.grade(p.open()) for p in splits[split].pictures])
-              for name, split in (("t2i_exact", "val"), ("t2i_unseen_combinations", "unseen")) if splits[split].pictures}
+    scenes = {"t2i_exact": splits["val"].pictures, "t2i_unseen_combinations": splits["unseen"].pictures}
+    wanted = {name: ([p.captions[0] for p in pictures], [data.grade(p.open()) for p in pictures])
+              for name, pictures in scenes.items() if pictures}
     rows, sheet = [], []
     for value, choice in zip(values, tqdm(choices, desc=option)):
         rows.append({option: value} | {name: [score_drawings(text_to_image(run, prompts, choice), truth)[0] for run in runs]

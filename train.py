@@ -124,7 +124,7 @@ class Config:
     uncond: float = 0.1                 # share of drawings whose words are dropped
     word_dropout: float | None = None   # share of the words of captions that are learned but not read
     code_noise: float | None = None     # noise on the vectors of codes to draw, in standard deviations of the codebook
-    words: int | None = None                       # size of the learned word vocabulary
+    words: int | None = None            # size of the learned word vocabulary
     image_rows: str = "codebook"        # rows of the table for codes: free, or a function of the VQGAN's codebook
     hidden_size: int = 128
     layers: int = 4
