@@ -496,8 +496,8 @@ class ChunkedNLL(torch.autograd.Function):
 
     @staticmethod
     def logits(x, table, softcap, out=None):
-        few = out is None and x.ndim == 2       # a step of drawing: with the rows first, MKL needs half the time
-        z = ((table @ x.T).T if few else torch.matmul(x, table.T, out=out)).float()
+        # One position a row, in drawing: MKL needs half the time with the table first.
+        z = ((table @ x.mT).mT if out is None else torch.matmul(x, table.T, out=out)).float()
         return z if softcap is None else z.div_(softcap).tanh_() * softcap
 
     @staticmethod
