@@ -798,18 +798,16 @@ class Loader:
     tasks    {task: list of Picture or str}; mix {task: weight}
     rows     of a batch over all ranks; every rank plans the whole batch and renders rows rank, rank + world, ...
     uncond   share of drawings without words, for guidance
-    word_dropout    share of the words of captions that are learned but not read, so that the picture has to tell what
-             follows (Bowman et al. 2016, arXiv 1511.06349)
     perturb  turns codes to draw, with a torch.Generator, into codes that look alike
     An example's choices (caption, question, what is dropped or perturbed) depend on (seed, task, epoch, index) alone.
     """
     PATIENCE = 64       # examples that may wait for the next batch before this one is closed
 
     def __init__(self, tasks, mix, vocab, tokenizer, rows, context, seed=0, rank=0, world=1, state=None,
-                 uncond=0.1, word_dropout=0.0, perturb=None):
+                 uncond=0.1, perturb=None):
         self.tasks, self.vocab, self.tokenizer = tasks, vocab, tokenizer
         self.rows, self.context, self.seed, self.rank, self.world = rows, context, seed, rank, world
-        self.uncond, self.word_dropout, self.perturb = uncond, word_dropout, perturb
+        self.uncond, self.perturb = uncond, perturb
         self.mix = {task: weight for task, weight in mix.items() if weight > 0 and tasks.get(task)}
         if not self.mix:
             raise ValueError(f"nothing to train on: the mix asks for {', '.join(mix)}, and there are no examples of it")
@@ -855,11 +853,7 @@ class Loader:
             return render_t2i(*common, words, codes)
         if task == "vqa":
             return render_vqa(*common, item.codes, rng.choice(item.talks))
-        ids, targets = render_i2t(*common, item.codes, rng.choice(item.captions))
-        if self.word_dropout:
-            said = [word != IGNORE for word in [IGNORE] + targets[:-1]]
-            ids = [self.vocab.pad if own and rng.random() < self.word_dropout else i for i, own in zip(ids, said)]
-        return ids, targets
+        return render_i2t(*common, item.codes, rng.choice(item.captions))
 
     def plan(self):
         """Choose the examples of one batch: each goes to the fullest row that holds it, misfits wait for the next batch."""

@@ -224,7 +224,8 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (y * (1 + self.weight.float())).type_as(x) if self.unit_offset else self.weight * y.type_as(x)
+        y = y * (1 + self.weight.float()) if self.unit_offset else self.weight * y.type_as(x)
+        return y.type_as(x)
 
 
 def rope_frequencies(config, local, device):

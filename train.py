@@ -48,8 +48,8 @@ from tqdm import tqdm
 import data
 import sample
 from model import ModelConfig, Transformer
-from vqgan import (Discriminator, Perceptual, ResnetBlock, VQGAN, VQGANConfig, adaptive_weight, discriminator_loss, distances,
-                   draw_far, generator_loss, kmeans, perturb, read_checkpoint, usage)
+from vqgan import (Discriminator, Perceptual, ResnetBlock, VQGAN, VQGANConfig, adaptive_weight, discriminator_loss, draw_far,
+                   generator_loss, kmeans, perturb, read_checkpoint, usage)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: one dataclass, turned into flags. None means: chosen by `resolve` from the data.
@@ -58,7 +58,7 @@ RANGES = {(1, math.inf): """save_every eval_every log_every image_size vq_steps 
                             codes code_dim steps rows context accumulate hidden_size layers heads""",
           (0, math.inf): """workers res_blocks words eval_n skip_nonfinite vq_lr vq_lr_adam lr lr_adam weight_decay clip z_loss
                             adversarial code_noise""",
-          (0, 1): "vq_continuous adversarial_start warmup uncond word_dropout",
+          (0, 1): "vq_continuous adversarial_start warmup uncond",
           (0, len(data.PAIRS) - 1): "withheld",
           (0, 2 ** 31 - 1): "seed"}
 CHOICES = dict(train=("all", "embeddings"), optimizer=("muon", "adamw"), image_rows=("free", "codebook"))
@@ -115,14 +115,13 @@ class Config:
     context: int | None = None          # positions of a row
     accumulate: int = 1                 # parts that a batch is computed in, to save memory
     optimizer: str = "muon"             # muon (AdamW for what is no matrix) or adamw
-    lr: float = 0.02                    # of Muon, for matrices
+    lr: float = 0.014                   # of Muon, for matrices
     lr_adam: float = 3e-3               # of AdamW, for everything else
     weight_decay: float = 0.0
     warmup: float = 0.03                # share of the steps
     clip: float = 1.0                   # gradient norm
     z_loss: float = 0.0
     uncond: float = 0.1                 # share of drawings whose words are dropped
-    word_dropout: float | None = None   # share of the words of captions that are learned but not read
     code_noise: float | None = None     # noise on the vectors of codes to draw, in standard deviations of the codebook
     words: int | None = None            # size of the learned word vocabulary
     image_rows: str = "codebook"        # rows of the table for codes: free, or a function of the VQGAN's codebook
@@ -151,14 +150,13 @@ PRESETS = {
                 adversarial=0.5, steps=50_000, rows=64, hidden_size=768, layers=12, heads=12, words=16_384, compile=True),
     "paper": dict(image_size=512, patch=1, ch=128, ch_mult=(1, 1, 2, 2, 4), z_channels=256, codes=8192, code_dim=256,
                   l2_norm=False, vq_steps=200_000, adversarial=0.5, steps=100_000, rows=512, context=2048,
-                  words=32_768, hidden_size=1024, layers=24, heads=16, image_rows="free", word_dropout=0.0, code_noise=0.0,
-                  compile=True),
+                  words=32_768, hidden_size=1024, layers=24, heads=16, image_rows="free", code_noise=0.0, compile=True),
 }
 
 
 # The paper's fine-tuning, with --init:
-FINETUNE = dict(optimizer="adamw", lr_adam=2e-5, weight_decay=0.0, warmup=0.03, image_rows="free", rows=16, context=2048,
-                word_dropout=0.0, code_noise=0.0)
+FINETUNE = dict(optimizer="adamw", lr_adam=2e-5, weight_decay=0.0, warmup=0.03, rows=16, context=2048, image_rows="free",
+                code_noise=0.0)
 
 
 def kind_of(field):
@@ -198,12 +196,11 @@ def resolve(cfg, splits, vqgan=None) -> Config:
     scenic, pictures = cfg.data is None, len(splits["train"].pictures)
     if vqgan:
         cfg = dataclasses.replace(cfg, patch=vqgan.config.patch, ch_mult=vqgan.config.ch_mult, codes=vqgan.config.n_embed)
-    chosen = dict(patch=8 if scenic else 4, ch_mult=(1, 1) if scenic else (1, 2),
-                  codes=512 if scenic else 1024, words=1024 if scenic else 4096,
-                  vq_steps=1000 if scenic else min(20_000, 600 + pictures // 4),
-                  steps=1150 if scenic else min(50_000, 600 + pictures // 2),
-                  word_dropout=0.25 if scenic else 0.0, code_noise=0.3 if scenic else 0.0,
-                  workers=0 if scenic else min(4, os.cpu_count() or 1))
+    if scenic:
+        chosen = dict(patch=8, ch_mult=(1, 1), codes=512, words=1024, vq_steps=1000, steps=1150, code_noise=0.3, workers=0)
+    else:
+        chosen = dict(patch=4, ch_mult=(1, 2), codes=1024, words=4096, vq_steps=min(20_000, 600 + pictures // 4),
+                      steps=min(50_000, 600 + pictures // 2), code_noise=0.0, workers=min(4, os.cpu_count() or 1))
     cfg = dataclasses.replace(cfg, **{k: v for k, v in chosen.items() if getattr(cfg, k) is None})
     f = cfg.patch * 2 ** (len(cfg.ch_mult) - 1)
     if cfg.image_size is None:
@@ -580,26 +577,26 @@ def gathered(process, x):
     return torch.stack([item for row in zip_longest(*parts) for item in row if item is not None]).to(x.device)
 
 
+@torch.no_grad()
 def start_codebook(cfg, model, pictures, process):
     """k-means of the encoder's vectors of some pictures."""
     count = min(len(pictures), max(256, 8 * cfg.codes // ((cfg.image_size // model.config.f) ** 2)))
     order = torch.randperm(len(pictures), generator=seeded(cfg, 0))[:count].tolist()
     parts = [order[i:i + cfg.vq_batch] for i in range(0, count, cfg.vq_batch)]
-    with torch.no_grad():
-        vectors = torch.cat([model.quantize.vectors(model.latents(pixels.to(process.device)))
-                             for pixels, _ in pixel_batches(cfg, pictures, parts) if pixels is not None])
-        centres = kmeans(vectors, cfg.codes, generator=seeded(cfg, 0))
-        model.quantize.replace(torch.arange(cfg.codes, device=process.device), process.agree(centres))
+    vectors = torch.cat([model.quantize.vectors(model.latents(pixels.to(process.device)))
+                         for pixels, _ in pixel_batches(cfg, pictures, parts) if pixels is not None])
+    centres = kmeans(vectors, cfg.codes, generator=seeded(cfg, 0))
+    model.quantize.replace(torch.arange(cfg.codes, device=process.device), process.agree(centres))
 
 
+@torch.no_grad()
 def restart_codes(cfg, model, pixels, counts, step, process):
     """Codes that nothing was assigned to move to badly served vectors of the batch, the same ones on every process."""
     dead = (counts == 0).nonzero().flatten()
-    with torch.no_grad():
-        vectors = model.quantize.vectors(gathered(process, model.latents(pixels)))
     if len(dead):
-        squared, _ = distances(vectors, model.quantize.codebook())
-        model.quantize.replace(dead, process.agree(vectors[draw_far(squared, len(dead), seeded(cfg, step))]))
+        vectors = model.quantize.vectors(gathered(process, model.latents(pixels)))
+        far = draw_far(vectors, model.quantize.codebook(), len(dead), seeded(cfg, step))
+        model.quantize.replace(dead, process.agree(far))
 
 
 RESTARTS = 0.75     # share of the steps in which unused codes restart
@@ -627,6 +624,19 @@ def save_reconstructions(cfg, vqgan, splits, process):
             pixels = torch.cat([data.to_pixels(image) for image in images]).to(process.device)
             decoded = map(data.to_image, vqgan.decode(vqgan.encode(pixels)))
             data.grid(images + list(decoded), len(images)).save(Path(cfg.out) / "samples" / "reconstructions.png")
+
+
+def tokenizer_loss(cfg, model, out, pixels, perceptual, adversary):
+    """Errors of the pixels, what the quantizer adds and, if there are such, what VGG16 and the discriminator see."""
+    error = out.pixels - pixels
+    reconstruction = error.abs().mean() + error.square().mean()
+    if perceptual:
+        reconstruction = reconstruction + perceptual(out.pixels, pixels)
+    loss = reconstruction + out.loss
+    if adversary:
+        g_loss = generator_loss(adversary, out.pixels)
+        loss = loss + cfg.adversarial * adaptive_weight(reconstruction, g_loss, model.decoder.conv_out.weight) * g_loss
+    return loss
 
 
 def train_tokenizer(cfg, splits, process, log):
@@ -681,15 +691,8 @@ def train_tokenizer(cfg, splits, process, log):
         if step == quantize_from:
             start_codebook(cfg, model, pictures, process)
         out = model(pixels, quantize=step >= quantize_from)
-        error = out.pixels - pixels
-        reconstruction = error.abs().mean() + error.square().mean()
-        if perceptual:
-            reconstruction = reconstruction + perceptual(out.pixels, pixels)
-        loss = reconstruction + out.loss
         adversary = discriminator if step >= cfg.adversarial_start * cfg.vq_steps else None
-        if adversary:
-            g_loss = generator_loss(adversary, out.pixels)
-            loss = loss + cfg.adversarial * adaptive_weight(reconstruction, g_loss, model.decoder.conv_out.weight) * g_loss
+        loss = tokenizer_loss(cfg, model, out, pixels, perceptual, adversary)
         (loss * share).backward()
         process.sum_gradients(model.parameters())
         learning = list(model.parameters())
@@ -710,7 +713,7 @@ def train_tokenizer(cfg, splits, process, log):
                     restart_codes(cfg, model, pixels, counts, step, process)
                 counts.zero_()
         if sound and step % cfg.log_every == cfg.log_every - 1:
-            psnr = -10 * math.log10(process.sum(error.detach().square().mean() * share).item() / 4 + 1e-10)
+            psnr = -10 * math.log10(process.sum(F.mse_loss(out.pixels.detach(), pixels) * share).item() / 4 + 1e-10)
             log.write(1, step + 1, loss=total, psnr=psnr)
             bar.set_postfix_str(f"loss {total:.3f} psnr {psnr:.1f} dB")
         if step % cfg.save_every == cfg.save_every - 1 or step + 1 == cfg.vq_steps or asked:
@@ -937,7 +940,7 @@ def train_transformer(cfg, splits, vqgan, process, log):
     tasks, held_out = task_lists(splits["train"]), task_lists(splits["val"])
     perturbed = partial(perturb, vqgan.quantize.codebook().detach().cpu(), cfg.code_noise) if cfg.code_noise else None
     loader = data.Loader(tasks, parse_mix(cfg.mix), vocab, tokenizer, cfg.rows, cfg.context, cfg.seed, process.rank,
-                         process.world, position, cfg.uncond, cfg.word_dropout, perturbed)
+                         process.world, position, cfg.uncond, perturbed)
 
     def save(step, position):
         weights, *states = [gathered_state(x.state_dict(), process) for x in (model, *optimizers)]

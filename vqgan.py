@@ -183,6 +183,11 @@ class Decoder(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # The quantizer
 
+def nearest(vectors, centres):
+    """(N, e), (k, e) -> (N,) centres with the least squared distance; |v|^2 is the same for all of them and left out."""
+    return torch.addmm(centres.pow(2).sum(1), vectors, centres.T, alpha=-2).argmin(1)
+
+
 class Quantizer(nn.Module):
     """Replaces each vector by the nearest row of a codebook (van den Oord et al. 2017, arXiv 1711.00937).
 
@@ -205,10 +210,10 @@ class Quantizer(nn.Module):
         """(B, e, h, w) -> (N, e), on the sphere with l2_norm."""
         return self.place(z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]), -1)
 
-    def nearest(self, vectors):
-        """(N, e) -> (N,) rows with the least squared distance; |v|^2 is the same for all rows and left out."""
-        book = self.codebook()
-        return torch.addmm(book.pow(2).sum(1), vectors, book.T, alpha=-2).argmin(1)
+    @torch.no_grad()
+    def assign(self, z):
+        """(B, e, h, w) -> codes (B, h, w)"""
+        return nearest(self.vectors(z), self.codebook()).view(z.shape[0], *z.shape[2:])
 
     def lookup(self, codes):
         """(B, h, w) -> (B, e, h, w)"""
@@ -216,8 +221,7 @@ class Quantizer(nn.Module):
 
     def forward(self, z):                                           # (B, e, h, w)
         z = self.place(z)
-        with torch.no_grad():
-            codes = self.nearest(self.vectors(z)).view(z.shape[0], *z.shape[2:])  # (B, h, w)
+        codes = self.assign(z)                                      # (B, h, w)
         z_q = self.lookup(codes)
         # The codebook learns to follow the encoder; the encoder learns, beta times slower, to stay with its code.
         loss = F.mse_loss(z_q, z.detach()) + self.beta * F.mse_loss(z, z_q.detach())
@@ -233,14 +237,9 @@ class Quantizer(nn.Module):
 
 def usage(counts):
     """counts (K,) of each code -> (number of codes used, perplexity: the number of equally used codes with this entropy)."""
-    p = counts.double() / counts.sum().clamp(min=1)
-    return int((counts > 0).sum()), float(torch.exp(-(p * p.clamp(min=1e-12).log()).sum()))
-
-
-def distances(vectors, centres):
-    """(N, e), (k, e) -> squared distance of each vector to its nearest centre (N,), and which one that is (N,)."""
-    nearest = torch.addmm(centres.pow(2).sum(1), vectors, centres.T, alpha=-2).argmin(1)
-    return (vectors - centres[nearest]).pow(2).sum(1), nearest
+    counts = counts.cpu().double()                                  # MPS has no float64
+    p = counts / counts.sum().clamp(min=1)
+    return int((counts > 0).sum()), float(torch.special.entr(p).sum().exp())
 
 
 def perturb(codebook, noise, codes, generator):
@@ -250,13 +249,14 @@ def perturb(codebook, noise, codes, generator):
     """
     vectors = codebook[codes.flatten().long()]                      # (h * w, e)
     vectors = vectors + noise * codebook.std(0) * torch.randn(vectors.shape, generator=generator)
-    return distances(vectors, codebook)[1].view(codes.shape)
+    return nearest(vectors, codebook).view(codes.shape)
 
 
-def draw_far(squared, n, generator):
-    """n indices, drawn in proportion to squared distances (N,): where the codebook is worst."""
-    weights = squared.double().cpu() + 1e-12
-    return torch.multinomial(weights, n, replacement=n > len(weights), generator=generator).to(squared.device)
+def draw_far(vectors, centres, n, generator):
+    """n of the vectors (N, e), drawn in proportion to the squared distance to the nearest centre (k, e)."""
+    weights = (vectors - centres[nearest(vectors, centres)]).pow(2).sum(1).cpu().double() + 1e-12
+    chosen = torch.multinomial(weights, n, replacement=n > len(weights), generator=generator)
+    return vectors[chosen.to(vectors.device)]
 
 
 def kmeans(vectors, k, steps=10, generator=None):
@@ -266,13 +266,12 @@ def kmeans(vectors, k, steps=10, generator=None):
     """
     centres = vectors[:1]
     while len(centres) < k:                 # a quarter more each time: one by one would take k passes
-        squared, _ = distances(vectors, centres)
-        new = draw_far(squared, min(max(1, len(centres) // 4), k - len(centres)), generator)
-        centres = torch.cat([centres, vectors[new]])
+        n = min(max(1, len(centres) // 4), k - len(centres))
+        centres = torch.cat([centres, draw_far(vectors, centres, n, generator)])
     for _ in range(steps):
-        _, nearest = distances(vectors, centres)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
-        counts = nearest.bincount(minlength=k).unsqueeze(1)
+        chosen = nearest(vectors, centres)
+        sums = torch.zeros_like(centres).index_add_(0, chosen, vectors)
+        counts = chosen.bincount(minlength=k).unsqueeze(1)
         centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
     return centres
 
@@ -331,8 +330,7 @@ class VQGAN(nn.Module):
     @torch.no_grad()
     def encode(self, pixels):
         """pixels (B, 3, H, W) in [-1, 1] -> codes (B, h, w), int64 in 0..K-1."""
-        z = self.latents(pixels)
-        return self.quantize.nearest(self.quantize.vectors(z)).view(z.shape[0], *z.shape[2:])
+        return self.quantize.assign(self.latents(pixels))
 
     @torch.no_grad()
     def decode(self, codes):

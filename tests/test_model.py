@@ -96,6 +96,16 @@ def test_packed_rows_equal_examples_alone(name):
         close(logits, model(ids[None])[0])
 
 
+@everywhere
+@torch.no_grad()
+def test_tensors_are_made_where_the_arguments_are(name):
+    """A mask or an angle left on the CPU would stop the first run on a GPU, for which meta stands here."""
+    meta, model = torch.device("meta"), tiny(**SHAPES[name]).to("meta")
+    ids, cache = draw(2, 9).to(meta), Cache(model.config, 2, 12, meta, torch.float32)
+    made = model(ids), model(ids, documents=ids), model(ids, cache=cache), model(ids[:, :1], cache=cache)
+    assert all(x.device == meta for x in made)
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("softcap", [None, 1.5])
@@ -244,3 +254,16 @@ def test_bf16_autocast_trains_with_nearly_the_gradients_of_float32():
         nll.mean().backward()
         grads.append(model.model.embed_tokens.weight.grad.clone())
     assert nll.dtype == torch.float32 and torch.nn.functional.cosine_similarity(*grads, dim=-1).min() > 0.99
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3"])
+def test_normalised_queries_and_keys_keep_the_type_of_values(family):
+    """FlexAttention refuses float32 queries beside bf16 values, which is what autocast would make of float32 weights."""
+    seen = []
+    block = Transformer(ModelConfig(model_type=family, hidden_size=32, num_hidden_layers=1, head_dim=8)).model.layers[0]
+    for layer in (block.self_attn.q_norm, block.self_attn.k_norm, block.self_attn.v_proj):
+        layer.register_forward_hook(lambda layer, x, y: seen.append(y.dtype))
+    angles = torch.ones(2, 1, 1, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        block(torch.randn(1, 5, 32), angles, None)
+    assert seen == [torch.bfloat16] * 3
