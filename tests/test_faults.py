@@ -185,7 +185,7 @@ def launch(tmp_path, out, fault, *extra, processes=0, restarts=0):
 
 
 @pytest.mark.slow
-def test_a_real_process_killed_at_random_points_again_and_again(whole, tmp_path):
+def test_a_real_process_killed_at_random_points_again_and_again(tmp_path):
     """Whatever nobody thought of: SIGKILL asks no one."""
     slowly = "step = train.step_all\ntrain.step_all = lambda *a: (__import__('time').sleep(0.3), step(*a))"
     started = time.time()
@@ -201,8 +201,7 @@ def test_a_real_process_killed_at_random_points_again_and_again(whole, tmp_path)
             process.communicate()
             kills += 1
     assert process.returncode == 0 and kills
-    same_run(whole, tmp_path / "free")
-    same_run(whole, tmp_path / "run")
+    same_run(tmp_path / "free", tmp_path / "run")
 
 
 DIES = """step = train.step_all
