@@ -1,4 +1,4 @@
-"""Everything between files and ids: the vocabulary, text tokenizers, templates, pictures, sources, shards and the loader.
+"""Everything between files and ids: vocabulary, text tokenizers, templates, pictures, sources, shards and the loader.
 
     file --load_image--> image --to_pixels--> pixels ... codes --Vocab.codes_to_ids--> ids
     text --tokenizer.encode-----------------------------------------------------------> ids
@@ -142,17 +142,19 @@ PHRASES = (("{objects} on a {background} background", "a {size} {color} {shape} 
 def describe(scene: Scene, rng: random.Random) -> str:
     """A caption that names all of the scene in one of several phrasings, its objects in reading order."""
     whole, part = rng.choice(PHRASES)
-    parts = [part.format(**o._asdict()) for o in scene.objects]
-    return whole.format(background=scene.background, objects=" and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]])))
+    *others, last = [part.format(**o._asdict()) for o in scene.objects]
+    objects = f"{', '.join(others)} and {last}" if others else last
+    return whole.format(background=scene.background, objects=objects)
 
 
 def read_description(text: str) -> Scene | None:
     """caption -> Scene, or None when it does not name one; inverse of describe."""
     sizes, colors, shapes, places, grounds = ("|".join(words) for words in (SIZES, COLORS, SHAPES, PLACES, BACKGROUNDS))
-    patterns = rf"\ba ({sizes}) ({colors}) ({shapes})\b", rf"\b(?:at|in) the ({places})\b", rf"\ba ({grounds}) background\b"
+    patterns = (rf"\ba ({sizes}) ({colors}) ({shapes})\b", rf"\b(?:at|in) the ({places})\b",
+                rf"\ba ({grounds}) background\b")
     kinds, places, background = (re.findall(pattern, text) for pattern in patterns)
-    rest = re.findall(r"\w+", re.sub("|".join(patterns), "", text))
-    if len(background) != 1 or not 0 < len(kinds) == len(places) == len(set(places)) or set(rest) - {"on", "with", "and"}:
+    rest = set(re.findall(r"\w+", re.sub("|".join(patterns), "", text))) - {"on", "with", "and"}
+    if rest or len(background) != 1 or not 0 < len(kinds) == len(places) == len(set(places)):
         return None
     objects = [Object(*kind, place) for kind, place in zip(kinds, places)]
     return Scene(background[0], tuple(sorted(objects, key=lambda o: PLACES.index(o.place))))
@@ -194,7 +196,7 @@ def statement(rng: random.Random, withheld=WITHHELD) -> str:
 
 @dataclass(frozen=True)
 class Vocab:
-    """Text rows, then the image rows; where a family has no ids to spare, its new special tokens follow the image rows."""
+    """Text rows, then image rows; where a family has no ids to spare, its new special tokens follow the image rows."""
     bos: int
     eos: int
     pad: int
@@ -246,8 +248,8 @@ class Chat(NamedTuple):
 CHATS = {"plain": Chat("", "", "\n", " "),     # " red" is the word that captions know, "red" would be another
          "gemma": Chat("<start_of_turn>user\n", "<start_of_turn>model\n", "<end_of_turn>\n"),
          "chatml": Chat("<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n"),
-         "llama3": Chat("<|start_header_id|>user<|end_header_id|>\n\n", "<|start_header_id|>assistant<|end_header_id|>\n\n",
-                        "<|eot_id|>")}
+         "llama3": Chat("<|start_header_id|>user<|end_header_id|>\n\n",
+                        "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>")}
 
 
 class WordTokenizer:
@@ -256,7 +258,7 @@ class WordTokenizer:
     Ids: 6 special tokens, 256 bytes, then the words.
     """
     SPECIAL = dict(pad=0, bos=1, eos=2, boi=3, eoi=4, uncond=5)
-    PIECES = re.compile(r" ?\w+| ?[^\w\s]+|\s")      # every character is in exactly one class, so the pieces tile the text
+    PIECES = re.compile(r" ?\w+| ?[^\w\s]+|\s")     # each character is in exactly one class, so pieces tile the text
     chat, stops = CHATS["plain"], ()
 
     def __init__(self, words):
@@ -345,7 +347,8 @@ class PretrainedTokenizer:
         eos = first("eos_token_id", 1)
         spare = next((names for names in self.SPARE if all(self.id(name) is not None for name in names)), None)
         boi, eoi, uncond = map(self.id, spare) if spare else (image_start + image_size + i for i in range(3))
-        return Vocab(first("bos_token_id", eos), eos, first("pad_token_id", eos), boi, eoi, uncond, image_start, image_size)
+        bos, pad = first("bos_token_id", eos), first("pad_token_id", eos)
+        return Vocab(bos, eos, pad, boi, eoi, uncond, image_start, image_size)
 
     def state(self):
         return {"kind": "pretrained", "text": self.text}
@@ -401,9 +404,9 @@ def render_vqa(vocab, tokenizer, codes, turns):
     An answer of None ends the sequence: it is what the model has to say.
     """
     chat, segments = tokenizer.chat, [([vocab.bos], False)]
-    image = [vocab.boi] + picture(vocab, codes) + [vocab.eoi]
+    image = [vocab.boi] + picture(vocab, codes) + [vocab.eoi] + tokenizer.encode("\n")
     for number, (question, answer) in enumerate(turns):
-        opening = tokenizer.encode(chat.user) + image + tokenizer.encode("\n") if number == 0 else tokenizer.encode(chat.user)
+        opening = tokenizer.encode(chat.user) + (image if number == 0 else [])
         segments.append((opening + tokenizer.encode(question + chat.end + chat.model), False))
         if answer is None:
             return sequence(*segments)
@@ -506,7 +509,7 @@ def scenes(count, seed, name, side=64, withheld=WITHHELD, unseen=False, skip=())
 
 
 def built_in(seed, side=64, withheld=WITHHELD, train=20000, val=400, unseen=200) -> dict[str, Split]:
-    """The scenes, and English that every Python carries with statements about shapes and colors; val is never trained on."""
+    """The scenes, and as text English that every Python carries and statements; val is never trained on."""
     from pydoc_data.topics import topics
     held_out, rng = scenes(val, seed, "val", side, withheld), random.Random(f"{seed}/text")
     known = {p.open.args[0] for p in held_out}
@@ -540,7 +543,7 @@ def hold_out(items, share=20, most=400):
 
 
 def load_source(data=None, text=None, side=64, withheld=WITHHELD) -> dict[str, Split]:
-    """The splits of a run: {"train", "val"} of the user's pictures and texts, or the built-in ones with "unseen" besides."""
+    """The splits of a run: "train" and "val" of the user's pictures and texts; of the built-in ones "unseen", too."""
     if data is None:
         splits = built_in(0, side, withheld)
     else:
@@ -624,7 +627,7 @@ def read_folder(path) -> list[Picture]:
 
 
 def read_tar(path) -> list[Picture]:
-    """WebDataset: members key.jpg, key.txt, key.json share a key. Nothing is unpacked, so names and links lead nowhere."""
+    """WebDataset: members key.jpg, key.txt, key.json share a key. Nothing is unpacked: names and links lead nowhere."""
     groups = {}
     try:
         with tarfile.open(path, "r:") as tar:
@@ -658,19 +661,20 @@ def read_tar(path) -> list[Picture]:
     for stem, files in groups.items():
         suffix = next((s for s in SUFFIXES if s in files), None)
         if suffix:
-            name, notes = f"{path}:{stem}{suffix}", [note(stem, s, files[s]) if s in files else None for s in (".txt", ".json")]
+            name = f"{path}:{stem}{suffix}"
+            notes = [note(stem, s, files[s]) if s in files else None for s in (".txt", ".json")]
             pictures.append(annotated(name, partial(image, name, files[suffix]), *notes))
     return pictures
 
 
 def annotated(name, open, text, extra) -> Picture:
-    """A Picture from the contents of its .txt (caption) and .json ({"caption": ..., "qa": [[question, answer], ...]})."""
+    """A Picture from the contents of its .txt, a caption, and .json, {"caption": ..., "qa": [[question, answer]]}."""
     try:
         extra = json.loads(extra) if extra else {}
         captions = [c.strip() for c in (text, extra.get("caption")) if c and c.strip()]
         talks = [[(q.strip(), a.strip())] for q, a in extra.get("qa", [])]
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: its .json is not {{\"caption\": ..., \"qa\": [[question, answer], ...]}} ({error})") from None
+        raise ValueError(f'{name}: its .json is not {{"caption": ..., "qa": [[question, answer]]}} ({error})') from None
     return Picture(name, open, list(dict.fromkeys(captions)), talks)
 
 
@@ -694,7 +698,7 @@ def talk_of(row, path, number) -> list[tuple[str, str]]:
     except (AttributeError, KeyError, TypeError):
         words = []
     if not words or len(words) % 2:
-        raise ValueError(f"{path}, line {number}: conversations is not a list of question, answer, ... with a 'value' each")
+        raise ValueError(f"{path}, line {number}: conversations is not questions and answers, a 'value' in each")
     return list(zip(words[::2], words[1::2]))
 
 
@@ -734,7 +738,7 @@ class Pixels(torch.utils.data.Dataset):
 # Shards: pictures that are encoded already
 
 def write_atomically(path, write):
-    """Let write(file) fill a file that replaces `path` once it is whole, whatever happens meanwhile; OSError names the path."""
+    """Let write(file) fill a file that replaces `path` only once it is whole; OSError names the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial_file = path.with_name(path.name + ".partial")
@@ -758,7 +762,7 @@ def save_atomically(value, path):
 
 
 def write_shard(path, pictures, fingerprint, skipped=None):
-    """Pictures with codes -> one file; fingerprint says how they were made, skipped {name: why} which could not be read."""
+    """Pictures with codes -> one file; fingerprint: how they were made; skipped: {name: why it could not be read}."""
     rows = [dict(name=p.name, captions=p.captions, talks=p.talks) for p in pictures]
     codes = torch.stack([p.codes for p in pictures]).to(torch.int32) if pictures else torch.empty(0, 0, 0)
     save_atomically({"format": "nanoLiquid codes 2", "fingerprint": fingerprint, "codes": codes,
@@ -766,13 +770,16 @@ def write_shard(path, pictures, fingerprint, skipped=None):
 
 
 def read_shard(path, fingerprint) -> tuple[list[Picture], dict[str, str]] | None:
-    """The inverse of write_shard: (pictures, skipped); None if the file is missing, damaged or was made in another way."""
+    """The inverse of write_shard: (pictures, skipped); None if the file is missing, damaged or made in another way."""
     try:
         shard = torch.load(path, weights_only=True, mmap=True)
         if shard["format"] != "nanoLiquid codes 2" or shard["fingerprint"] != fingerprint:
             return None
-        return [Picture(row["name"], None, row["captions"], [[tuple(turn) for turn in talk] for talk in row["talks"]], codes)
-                for row, codes in zip(json.loads(shard["rows"]), shard["codes"], strict=True)], dict(json.loads(shard["skipped"]))
+        pictures = []
+        for row, codes in zip(json.loads(shard["rows"]), shard["codes"], strict=True):
+            talks = [[tuple(turn) for turn in talk] for talk in row["talks"]]
+            pictures.append(Picture(row["name"], None, row["captions"], talks, codes))
+        return pictures, dict(json.loads(shard["skipped"]))
     except (OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError, pickle.UnpicklingError):
         return None
 
@@ -856,7 +863,7 @@ class Loader:
         return render_i2t(*common, item.codes, rng.choice(item.captions))
 
     def plan(self):
-        """Choose the examples of one batch: each goes to the fullest row that holds it, misfits wait for the next batch."""
+        """Choose a batch's examples: each goes to the fullest row that has room; misfits wait for the next batch."""
         rows, free = [[] for _ in range(self.rows)], [self.context] * self.rows
         pending, misfits, too_long = self.waiting, [], 0
         while len(misfits) < self.PATIENCE:
@@ -939,7 +946,8 @@ def show():
     for task in TASKS:
         ids, targets = loader.render(task, 0, 0)
         learned = [False] + [t != IGNORE for t in targets[:-1]]
-        print(f"{task}: " + "".join(f"\033[4m{name(i)}\033[0m" if learn else name(i) for i, learn in zip(ids, learned)), "\n")
+        words = (f"\033[4m{name(i)}\033[0m" if learn else name(i) for i, learn in zip(ids, learned))
+        print(f"{task}: {''.join(words)}\n")
 
 
 if __name__ == "__main__":

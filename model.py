@@ -40,10 +40,11 @@ class Family:
     qkv_bias: bool = False
     qk_norm: bool = False           # queries and keys are normalised in each head
     post_norms: bool = False        # a norm behind attention and MLP, too
-    defaults: dict = field(default_factory=dict)    # keys of its config.json beyond SIZES, and their values when left out
+    defaults: dict = field(default_factory=dict)    # keys of its config.json beyond SIZES: values when left out
 
 
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "max_position_embeddings")
 
 # As in the configuration classes of transformers 5.
 PLAIN = dict(num_key_value_heads=None, head_dim=None, hidden_act="silu", rms_norm_eps=1e-6, tie_word_embeddings=False,
@@ -141,7 +142,8 @@ def rope_type(scaling):
 def check_rope(scaling):
     require_choice("rope type", kind := rope_type(scaling), ROPE_KEYS)
     for name in ROPE_KEYS[kind]:
-        require(is_positive(scaling.get(name)), f"{name} of rope type {kind} is {scaling.get(name)!r}, not a positive number")
+        value = scaling.get(name)
+        require(is_positive(value), f"{name} of rope type {kind} is {value!r}, not a positive number")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,8 +175,9 @@ def layer_types_from_hf(known):
     if known.get("sliding_window") is None or not known.get("use_sliding_window", True):
         return None
     every, first = known.get("sliding_window_pattern"), known.get("max_window_layers")
-    types = known["layer_types"] or ["sliding_attention" if ((i + 1) % every if every else i >= first) else "full_attention"
-                                     for i in range(known["num_hidden_layers"])]
+    types = known["layer_types"] or [
+        "sliding_attention" if ((i + 1) % every if every else i >= first) else "full_attention"
+        for i in range(known["num_hidden_layers"])]
     return None if set(types) == {"full_attention"} else types
 
 
@@ -189,13 +192,14 @@ def rope_from_hf(known):
     rope = known["rope_scaling"] or rope
     require(rope.get("partial_rotary_factor") in (None, 1), "partial_rotary_factor is not supported")
     require_choice("rope type", kind := rope_type(rope), ROPE_KEYS)
-    rope = {"rope_theta": theta, "original_max_position_embeddings": known["max_position_embeddings"], "rope_type": kind, **rope}
+    rope = {"rope_theta": theta, "rope_type": kind,
+            "original_max_position_embeddings": known["max_position_embeddings"], **rope}
     return {"rope_theta": rope["rope_theta"], "rope_local_base_freq": local,
             "rope_scaling": None if kind == "default" else {k: rope.get(k) for k in ("rope_type", *ROPE_KEYS[kind])}}
 
 
 def config_to_hf(config) -> dict:
-    """The reverse, in the older spelling, which old and new releases read; ValueError if the family has no words for it."""
+    """The reverse, in the older spelling, which all releases read; ValueError if the family has no words for it."""
     defaults, values = config.family.defaults, asdict(config)
     hf = {"architectures": [config.family.architecture], "model_type": config.model_type}
     hf |= {k: v for k, v in values.items() if k in SIZES or k in defaults}
@@ -222,8 +226,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(dim) if self.unit_offset else torch.ones(dim))
 
     def forward(self, x):
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        y = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
         y = y * (1 + self.weight.float()) if self.unit_offset else self.weight * y.type_as(x)
         return y.type_as(x)
 
@@ -290,7 +293,7 @@ class Cache:
         return self.k[layer][:, :, :reach], self.v[layer][:, :, :reach]
 
     def select(self, rows, slots, reach=None):
-        """A cache of `slots` slots whose row i continues row rows[i] of this one: prompts are read once, answered often."""
+        """A cache of `slots` slots whose row i continues row rows[i] of this one: read once, answered often."""
         new = object.__new__(Cache)
         new.k, new.v = ([F.pad(x[rows, :, :self.filled], (0, 0, 0, slots - self.filled)) for x in layers]
                         for layers in (self.k, self.v))
@@ -304,8 +307,8 @@ class Cache:
 def visible(queries, keys, documents=None, padding=None, window=None):
     """Which key each query may look at: itself and earlier ones of its own document -> (B or 1, 1, T, S) bool.
 
-    queries (T,) and keys (S,) number the slots; documents (B, T) numbers the examples of packed rows; padding (B,) slots at
-    the start of a row hold nothing. What holds nothing sees itself alone, for softmax needs one key.
+    queries (T,) and keys (S,) number the slots; documents (B, T) numbers the examples of packed rows; padding (B,) is
+    how many slots at the start of a row hold nothing. What holds nothing sees itself alone: softmax needs one key.
     """
     distance = queries[:, None] - keys[None, :]                                     # (T, S)
     mask = (distance >= 0 if window is None else (distance >= 0) & (distance < window))[None]
@@ -372,7 +375,7 @@ def attend(q, k, v, mask, scale, softcap=None):
             mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device).tril()[None, None]
         weights = scores.masked_fill(~mask.unsqueeze(1), float("-inf")).softmax(-1).type_as(q)
         return (weights @ v.unsqueeze(2)).reshape(B, H, T, d)
-    if T == 1 and H > G:                                            # decoding: the heads of a group are queries of one head
+    if T == 1 and H > G:                                            # decoding: a group's heads are queries of one head
         y = F.scaled_dot_product_attention(q.view(B, G, H // G, d), k, v, mask, scale=scale)
         return y.reshape(B, H, 1, d)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=H > G)
@@ -433,7 +436,7 @@ class CodebookRows(nn.Module):
 
 
 def learned_only(weight, learned):
-    """The same rows, but gradients reach only the `learned` (V, 1) ones: a part of the graph, so DDP and FSDP keep it."""
+    """The same rows, but gradients reach only the `learned` (V, 1) ones; in the graph, where DDP and FSDP keep it."""
     return weight if learned is None or not torch.is_grad_enabled() else torch.where(learned, weight, weight.detach())
 
 
@@ -442,7 +445,8 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size - config.codebook_size * bool(config.codebook_dim), config.hidden_size)
+        own = config.vocab_size - (config.codebook_size if config.codebook_dim else 0)
+        self.embed_tokens = nn.Embedding(own, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config)
         self.register_buffer("learned", None, persistent=False)     # rows of the table that gradients reach; None: all
@@ -488,7 +492,7 @@ class Decoder(nn.Module):
 class ChunkedNLL(torch.autograd.Function):
     """-log softmax(cap(x table^T))[target], chunk by chunk.
 
-    x (N, D), table (V, D), targets (N,) -> nll (N,) float32, plus z_loss * logsumexp^2 (PaLM, arXiv 2204.02311, section 5).
+    x (N, D), table (V, D), targets (N,) -> nll (N,) float32, plus z_loss * logsumexp^2 (PaLM, arXiv 2204.02311, 5).
     Gradients of the sum are taken while a chunk's logits are there; backward scales them, or, for a loss that weighs
     positions differently, goes through the chunks again.
     """
@@ -552,7 +556,7 @@ def import_safetensors():
     try:
         import safetensors.torch
     except ImportError:
-        raise ValueError('safetensors, which published weights need, is not installed: pip install -e ".[pretrained]"') from None
+        raise ValueError('published weights need safetensors: pip install -e ".[pretrained]"') from None
     return safetensors
 
 
@@ -605,8 +609,9 @@ def split(state, size):
 
 def grown(weight, rows, generator):
     """A parameter with `rows` more rows: the mean of the old ones, plus noise of a fiftieth of their spread."""
-    noise = torch.randn(rows, weight.shape[1], generator=generator, device=generator.device if generator else weight.device)
-    new = weight.mean(0, dtype=torch.float32) + 0.02 * weight.std(0).float() * noise.to(weight.device)      # (rows, D)
+    where = generator.device if generator else weight.device
+    noise = torch.randn(rows, weight.shape[1], generator=generator, device=where).to(weight.device)
+    new = weight.mean(0, dtype=torch.float32) + 0.02 * weight.std(0).float() * noise        # (rows, D)
     return nn.Parameter(torch.cat([weight, new.to(weight.dtype)]), requires_grad=weight.requires_grad)
 
 
@@ -661,7 +666,7 @@ class Transformer(nn.Module):
         if targets is None:
             return self.logits(x)
         learned, head = targets != -100, self.head(table)
-        if torch.is_autocast_enabled(ids.device.type):              # backward runs outside autocast, so the types must agree
+        if torch.is_autocast_enabled(ids.device.type):              # backward runs outside autocast: types must agree
             x, head = (y.to(torch.get_autocast_dtype(ids.device.type)) for y in (x, head))
         nll = ChunkedNLL.apply(x[learned], head, targets[learned], z_loss, self.config.final_logit_softcapping)
         return torch.zeros(ids.shape, device=ids.device).masked_scatter(learned, nll)
@@ -670,14 +675,14 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
-        """Open a folder of config.json and safetensors; ValueError, naming file or tensor, for whatever does not fit."""
+        """Open a folder of config.json and safetensors; ValueError, naming file or tensor, for what does not fit."""
         folder = Path(folder)
         hf = read_json(folder / "config.json")
         try:
             config = config_from_hf(hf)
         except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from None
-        with torch.device("meta"):                                  # shapes alone: the only copy of the weights is the file's
+        with torch.device("meta"):                                  # shapes alone: the file's weights are the only copy
             model = cls(config)
         state, wanted = {}, model.state_dict()
         for path in weight_files(folder):
@@ -691,7 +696,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def save_pretrained(self, folder, shard=5 * 10 ** 9, **keys):
-        """Write config.json, with these keys besides, and safetensors, in files of about `shard` bytes, for transformers to open."""
+        """Write config.json, with these keys besides, and safetensors in files of about `shard` bytes."""
         folder, library = Path(folder), import_safetensors()
         texts = {"config.json": config_to_hf(self.config) | {"dtype": str(self.dtype).removeprefix("torch.")} | keys}
         state = {k: v.contiguous() for k, v in self.state_dict().items() if "image_rows" not in k}
@@ -714,8 +719,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def extend_vocab(self, rows, generator=None):
-        """Append rows to the table, and to an untied head: the mean of the old ones, and noise that tells them apart."""
-        require(not self.config.codebook_dim, "rows made from a codebook are the last: the vocabulary cannot grow behind them")
+        """Append rows to the table, and to an untied head: the mean of the old ones and noise that tells them apart."""
+        require(not self.config.codebook_dim, "the vocabulary cannot grow behind rows made from a codebook")
         self.config = self.model.config = replace(self.config, vocab_size=self.config.vocab_size + rows)
         self.model.embed_tokens.weight = grown(self.model.embed_tokens.weight, rows, generator)
         self.model.embed_tokens.num_embeddings += rows

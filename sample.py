@@ -4,7 +4,7 @@
     python sample.py t2i --prompts prompts.txt --save-dir drawn --run runs/demo     # one picture a line
     python sample.py i2t picture.png --run runs/demo
     python sample.py i2t FOLDER --save-dir captions --run runs/demo                 # one .txt a picture
-    torchrun --nproc_per_node 4 sample.py t2i --prompts ...                         # shared out; both go on where they stopped
+    torchrun --nproc_per_node 4 sample.py t2i --prompts ...                         # shared out; goes on if stopped
     python sample.py vqa picture.png "how many shapes are there?" --run runs/demo
     python sample.py text "A yield expression" --run runs/demo
     python sample.py eval --run runs/demo                                           # a table, and one JSON line last
@@ -47,7 +47,7 @@ def guide(logits, scale):
 
 
 def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generators=(None,)):
-    """logits (B, V) -> choices (B,) among the top_k most likely that together first reach top_p; temperature 0 is greedy.
+    """logits (B, V) -> choices (B,) among the top_k likeliest that together first reach top_p; temperature 0 is greedy.
 
     generators: one for all rows, or one for each, which makes a row's choices independent of its batch.
     """
@@ -59,7 +59,8 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generators=(None,)):
     reached = logits.softmax(-1).cumsum(-1)                         # (B, k)
     last = (reached[:, :-1] < top_p).sum(-1, keepdim=True)          # (B, 1): the choice that reaches top_p
     # One random number a row, without the sync that multinomial needs or noise for each of its choices
-    point = torch.cat([torch.rand(len(logits) // len(generators), 1, generator=g, device=logits.device) for g in generators])
+    each = len(logits) // len(generators)
+    point = torch.cat([torch.rand(each, 1, generator=g, device=logits.device) for g in generators])     # (B, 1)
     chosen = torch.searchsorted(reached, point * reached.gather(-1, last), right=True)
     return (chosen if order is None else order.gather(-1, chosen))[:, 0]
 
@@ -68,9 +69,9 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generators=(None,)):
 # The one decode loop
 
 def prefill(model, table, prompts, room, constant=False):
-    """Read prompts (lists of ids of any lengths), equal ones once -> a cache with room for more, and x (B, D) of each last id.
+    """Read prompts (lists of ids of any lengths), equal ones once -> cache with room for more, x (B, D) of last ids.
 
-    constant: give the cache a reach in steps of 64 slots, so that prompts of nearly equal lengths decode in equal shapes.
+    constant: give the cache a reach in steps of 64 slots: prompts of nearly equal lengths then decode in equal shapes.
     """
     unique = list(dict.fromkeys(map(tuple, prompts)))
     longest = max(map(len, unique))
@@ -95,8 +96,8 @@ def compiled(device_type):
 
 
 @torch.inference_mode()
-def generate(model, prompts, n, allowed=None, negatives=None, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0, stop=None,
-             generator=None, compile=False):
+def generate(model, prompts, n, allowed=None, negatives=None, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0,
+             stop=None, generator=None, compile=False):
     """Continue each prompt by n tokens -> ids (B, n); after a token of `stop`, a row repeats it.
 
     prompts    lists of ids, of any lengths
@@ -174,7 +175,8 @@ class Run:
 
     def __post_init__(self):
         if self.sampling is None:
-            self.sampling = LIQUID if self.config.get("init") else GREEDY if self.config.get("code_noise") else Sampling()
+            trained = self.config
+            self.sampling = LIQUID if trained.get("init") else GREEDY if trained.get("code_noise") else Sampling()
 
     @property
     def device(self):
@@ -243,9 +245,11 @@ def export(run, folder, source=None):
     source: the Hugging Face folder that training began with, whose tokenizer files are carried along.
     """
     folder = Path(folder)
-    run.model.save_pretrained(folder, bos_token_id=run.vocab.bos, eos_token_id=run.vocab.eos, pad_token_id=run.vocab.pad)
-    for pattern in ("tokenizer*", "special_tokens*", "generation_config*", "chat_template*", "vocab.json", "merges.txt"):
-        for file in Path(source).glob(pattern) if source else ():
+    ids = {f"{name}_token_id": getattr(run.vocab, name) for name in ("bos", "eos", "pad")}
+    run.model.save_pretrained(folder, **ids)
+    carried = "tokenizer*", "special_tokens*", "generation_config*", "chat_template*", "vocab.json", "merges.txt"
+    for pattern in carried if source else ():
+        for file in Path(source).glob(pattern):
             shutil.copy(file, folder / file.name)
     data.save_atomically({"config": asdict(run.vqgan.config), "model": run.vqgan.state_dict()}, folder / "vqgan.pt")
     layout = dict(vocab=asdict(run.vocab), tokenizer=run.tokenizer.state(), grid=run.grid, config=run.config,
@@ -273,15 +277,15 @@ def batches(items, size):
 
 
 def generators(run, sampling, numbers):
-    """One generator for each numbered item, so that item i comes out the same in any batch."""
-    return [torch.Generator(run.device).manual_seed((sampling.seed << 32) + i) for i in numbers]
+    """A generator for each numbered item, so that it comes out the same in any batch; CPUs keep 32 bits of a seed."""
+    return [torch.Generator(run.device).manual_seed(sampling.seed * 1_000_003 + i) for i in numbers]
 
 
 def require_room(run, prompts, n=1):
     """ValueError if a prompt and n more tokens are longer than what the model reads at once."""
     longest, most = max(map(len, prompts), default=0), run.model.config.max_position_embeddings
     if longest + n > most:
-        raise ValueError(f"a prompt of {longest} tokens is too long: the model reads {most} at once, the answer's {n} included")
+        raise ValueError(f"a prompt of {longest} tokens is too long: the model reads {most}, the answer's {n} included")
 
 
 def text_to_image(run, prompts, sampling=None, numbers=None):
@@ -292,9 +296,9 @@ def text_to_image(run, prompts, sampling=None, numbers=None):
     for part in batches(list(zip(prompts, numbers)), s.batch):
         positives = [data.render_t2i(run.vocab, run.tokenizer, p)[0] for p, _ in part]
         require_room(run, positives, h * w)
-        ids = generate(run.model, positives, h * w, run.vocab.image_rows,
-                       [negative] * len(part), s.guidance, s.temperature, s.top_k, s.top_p,
-                       None, generators(run, s, [i for _, i in part]), run.compile)
+        ids = generate(run.model, positives, h * w, run.vocab.image_rows, [negative] * len(part), s.guidance,
+                       s.temperature, s.top_k, s.top_p, generator=generators(run, s, [i for _, i in part]),
+                       compile=run.compile)
         images += map(data.to_image, run.vqgan.decode(run.vocab.ids_to_codes(ids).view(-1, h, w)))
     return images
 
@@ -302,7 +306,8 @@ def text_to_image(run, prompts, sampling=None, numbers=None):
 def encode(run, images):
     """Images of any size -> codes (B, h, w)."""
     size = run.grid[0] * run.vqgan.config.f
-    return run.vqgan.encode(torch.cat([data.to_pixels(data.fit(image, size, run.pad)) for image in images]).to(run.device))
+    pixels = torch.cat([data.to_pixels(data.fit(image, size, run.pad)) for image in images])    # (B, 3, size, size)
+    return run.vqgan.encode(pixels.to(run.device))
 
 
 def write(run, prompts, n, sampling=None, numbers=None):
@@ -311,8 +316,9 @@ def write(run, prompts, n, sampling=None, numbers=None):
     stop = {run.vocab.eos, *run.tokenizer.stops}
     require_room(run, prompts)
     for part in batches(list(zip(prompts, range(len(prompts)) if numbers is None else numbers)), s.batch):
-        ids = generate(run.model, [p for p, _ in part], n, run.vocab.text_rows, None, 1.0, s.temperature, s.top_k, s.top_p, stop,
-                       generators(run, s, [i for _, i in part]), run.compile)
+        ids = generate(run.model, [p for p, _ in part], n, run.vocab.text_rows,
+                       temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, stop=stop,
+                       generator=generators(run, s, [i for _, i in part]), compile=run.compile)
         for row in ids.tolist():
             end = next((i for i, token in enumerate(row) if token in stop), n)
             texts.append(run.tokenizer.decode(row[:end]))
@@ -393,7 +399,7 @@ def score_reconstructions(run, pictures):
 
 
 def bits_per_byte(run, texts, seen):
-    """Bits that the model needs for a byte of each text, its end included, and those of byte frequencies counted in `seen`."""
+    """Bits a byte that the model needs for texts and their ends, and those that byte frequencies in `seen` need."""
     sums, _ = losses(run.model, [data.render_text(run.vocab, run.tokenizer, text) for text in texts])
     size = sum(len(text.encode()) for text in texts)
     counts = Counter(byte for text in seen for byte in text.encode())
@@ -420,7 +426,7 @@ def score_answers(run, split, train, limit):
 
 
 def score_cloze(run):
-    """How often the true end of a sentence about a shape is likelier than three false ones, for every color and shape."""
+    """How often the true end of a sentence about a shape is likelier than three false ones, over all pairs."""
     texts = [f"Any {color} {shape} has {end}." for color, shape in data.PAIRS for end in data.CORNERS.values()]
     sums, _ = losses(run.model, [data.render_text(run.vocab, run.tokenizer, text) for text in texts])
     truth = [list(data.CORNERS).index(shape) for _, shape in data.PAIRS]
@@ -433,8 +439,9 @@ def score_scenes(run, pictures, sampling):
     images, _, _ = score_reconstructions(run, pictures)
     drawn, objects = score_drawings(text_to_image(run, [p.captions[0] for p in pictures], sampling), truth)
     captions = caption(run, [p.open() for p in pictures])
-    return {"reconstruction": mean(data.grade(image) == t for image, t in zip(images, truth)), "t2i": drawn, "objects": objects,
-            "caption": mean(data.read_description(c) == t for c, t in zip(captions, truth))}
+    return {"reconstruction": mean(data.grade(image) == t for image, t in zip(images, truth)),
+            "caption": mean(data.read_description(c) == t for c, t in zip(captions, truth)),
+            "t2i": drawn, "objects": objects}
 
 
 def readable(picture) -> bool:
@@ -453,7 +460,8 @@ def evaluate(run, splits, n=200, sampling=None) -> dict:
     bits, unigram = bits_per_byte(run, val.texts, train.texts) if val.texts else (None, None)
     seen, unseen = {}, {}
     if "unseen" in splits:
-        seen, unseen = (score_scenes(run, part, sampling) if part else {} for part in (pictures, splits["unseen"].pictures[:n]))
+        parts = pictures, splits["unseen"].pictures[:n]
+        seen, unseen = (score_scenes(run, part, sampling) if part else {} for part in parts)
         seen["cloze"] = score_cloze(run)
     else:
         captioned = [p for p in pictures if p.captions]
@@ -464,8 +472,9 @@ def evaluate(run, splits, n=200, sampling=None) -> dict:
             "t2i_code_accuracy": code_accuracy(run, [p for p in pictures if p.captions]),
             "t2i_code_accuracy_train": code_accuracy(run, [p for p in trained if p.captions]),
             "t2i_exact": seen.get("t2i"), "t2i_objects": seen.get("objects"), "caption_exact": seen.get("caption"),
-            "vqa": accuracy, "vqa_majority": majority, "text_bits_per_byte": bits, "text_bits_per_byte_unigram": unigram,
-            "text_cloze": seen.get("cloze"), "reconstruction_unseen_combinations": unseen.get("reconstruction"),
+            "vqa": accuracy, "vqa_majority": majority,
+            "text_bits_per_byte": bits, "text_bits_per_byte_unigram": unigram, "text_cloze": seen.get("cloze"),
+            "reconstruction_unseen_combinations": unseen.get("reconstruction"),
             "t2i_unseen_combinations": unseen.get("t2i"), "caption_unseen_combinations": unseen.get("caption")}
 
 
@@ -508,7 +517,7 @@ def read_runs(path) -> list[Trained]:
 
 
 def grouped(runs) -> tuple[list[str], dict[tuple, list[Trained]]]:
-    """Runs that differ in nothing but their seed belong together -> the flags that tell groups apart, the groups by them."""
+    """Runs that differ only in their seed belong together -> the flags that tell groups apart, the groups by them."""
     ignored = "seed", "out", "shards", "resume", "overwrite", "device", "workers"
     flags = [flag for flag in dict.fromkeys(flag for run in runs for flag in run.config) if flag not in ignored
              and len({str(run.config.get(flag)) for run in runs}) > 1]
@@ -527,7 +536,8 @@ def fit_line(x, y):
 
 def mean_and_spread(values) -> str:
     """With the standard deviation over seeds."""
-    return "-" if not values else f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}" if values else "-"
 
 
 def print_table(header, rows):
@@ -567,10 +577,11 @@ def plot_comparison(flags, groups, loss, score, path):
         look = dict(color=f"C{number % 10}", marker=".")
         label = ", ".join(f"{flag} {value}" for flag, value in zip(flags, key))
         for run in runs:
-            left.plot(*zip(*((flops, losses[loss]) for flops, losses in run.curve if loss in losses)), **look, alpha=0.7)
+            points = ((flops, losses[loss]) for flops, losses in run.curve if loss in losses)
+            left.plot(*zip(*points), **look, alpha=0.7)
         ends = [(run.results[loss], run.results[score]) for run in runs if loss in run.results and score in run.results]
         right.plot(*(zip(*ends) if ends else ([], [])), **look, linestyle="", label=label)
-    left.set(xscale="log", yscale="log", xlabel="FLOPs of training (6 x parameters of the blocks x tokens)", ylabel=loss)
+    left.set(xscale="log", yscale="log", ylabel=loss, xlabel="FLOPs of training (6 x parameters of blocks x tokens)")
     right.set(xlabel=loss, ylabel=score)
     right.legend(fontsize="small")
     figure.savefig(path, dpi=110)
@@ -586,12 +597,12 @@ def compare(paths, loss="val_t2i", score="t2i_exact", show=None, plot=None, save
     if plot:
         plot_comparison(flags, groups, loss, score, plot)
     if save:
-        kept = [run._replace(config={flag: run.config.get(flag) for flag in (*flags, "seed")})._asdict() for run in runs]
+        kept = [run._asdict() | {"config": {flag: run.config.get(flag) for flag in (*flags, "seed")}} for run in runs]
         data.write_atomically(save, lambda file: file.write(json.dumps(kept).encode()))
 
 
 def sweep(paths, option, values, n=200, plot=None, save=None):
-    """Score how well runs draw n held-out scenes, and n with unseen combinations, under each value of one field of Sampling.
+    """Score how runs draw n held-out scenes, and n with unseen combinations, under each value of a field of Sampling.
 
     plot: a row of drawings for each value.
     """
@@ -609,8 +620,9 @@ def sweep(paths, option, values, n=200, plot=None, save=None):
               for name, pictures in scenes.items() if pictures}
     rows, sheet = [], []
     for value, choice in zip(values, tqdm(choices, desc=option)):
-        rows.append({option: value} | {name: [score_drawings(text_to_image(run, prompts, choice), truth)[0] for run in runs]
-                                       for name, (prompts, truth) in wanted.items()})
+        scores = {name: [score_drawings(text_to_image(run, prompts, choice), truth)[0] for run in runs]
+                  for name, (prompts, truth) in wanted.items()}
+        rows.append({option: value} | scores)
         if plot:
             sheet += text_to_image(runs[0], [max(wanted["t2i_exact"][0], key=len)] * 8, choice)
     print_table(rows[0], [[value, *map(mean_and_spread, scores)] for value, *scores in map(dict.values, rows)])
@@ -630,8 +642,9 @@ def missing(paths):
 
 
 def draw_command(run, args, sampling):
-    prompts = [line for line in data.read_utf8(args.prompts).splitlines() if line.strip()] if args.prompts else [args.prompt]
-    if prompts == [None]:
+    lines = data.read_utf8(args.prompts).splitlines() if args.prompts else [args.prompt]
+    prompts = [line for line in lines if line and line.strip()]
+    if not prompts:
         raise ValueError("t2i needs a prompt, or --prompts FILE")
     if not args.prompts:
         text_to_image(run, prompts, sampling)[0].save(args.out)
@@ -654,24 +667,26 @@ def caption_command(run, args, sampling):
                 images[i] = data.load_image(files[i])
             except ValueError as error:
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
-        for i, words in zip(images, caption(run, list(images.values()), sampling, args.n, list(images)) if images else ()):
+        captions = caption(run, list(images.values()), sampling, args.n, list(images)) if images else []
+        for i, words in zip(images, captions):
             data.write_atomically(paths[i], lambda file: file.write(f"{words}\n".encode()))
 
 
 def parser():
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True)
-    for name, positional in {"t2i": ["prompt"], "i2t": ["picture"], "vqa": ["picture", "question"], "text": ["beginning"],
-                             "eval": [], "export": ["folder"]}.items():
+    for name, positional in {"t2i": ["prompt"], "i2t": ["picture"], "vqa": ["picture", "question"],
+                             "text": ["beginning"], "eval": [], "export": ["folder"]}.items():
         p = commands.add_parser(name)
         for argument in positional:
-            p.add_argument(argument, nargs="?" if name == "t2i" else None, help="or a folder" if name == "i2t" else None)
+            optional, note = "?" if name == "t2i" else None, "or a folder" if name == "i2t" else None
+            p.add_argument(argument, nargs=optional, help=note)
         p.add_argument("--run", default="runs/demo", help="a run folder")
         p.add_argument("--vqgan", help="another VQGAN than the run's own")
         p.add_argument("--device", default="auto")
         p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the transformer's weights")
         p.add_argument("--compile", action="store_true", help="the decode step: slow to start, then faster")
-        p.add_argument("--n", type=int, default=200 if name == "eval" else 80, help="examples to score, or tokens to write")
+        p.add_argument("--n", type=int, default=200 if name == "eval" else 80, help="examples to score, or tokens")
         for key, default in vars(Sampling()).items():
             p.add_argument(f"--{key.replace('_', '-')}", f"--{key}", type=type(default), help=f"usually {default}")
         if name in ("t2i", "i2t"):

@@ -6,7 +6,7 @@
     python train.py --preset gpu --data FOLDER --out RUN     # one GPU: 256x256 pixels, 256 codes
     torchrun --nproc_per_node 4 train.py --out RUN           # the same on 4 processes (NCCL on GPUs, gloo on CPUs)
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py --shard --out RUN
-                                                             # on each of 2 nodes that see one RUN: weights cut up (FSDP2)
+                                                             # on each of 2 nodes that share RUN; weights cut up (FSDP2)
 
 `python train.py --help` lists every flag with its default. A run folder holds config.json, vqgan.pt, codes/, model.pt,
 log.jsonl and samples/; `--resume` goes on with one that was interrupted.
@@ -48,16 +48,16 @@ from tqdm import tqdm
 import data
 import sample
 from model import ModelConfig, Transformer
-from vqgan import (Discriminator, Perceptual, ResnetBlock, VQGAN, VQGANConfig, adaptive_weight, discriminator_loss, draw_far,
-                   generator_loss, kmeans, perturb, read_checkpoint, usage)
+from vqgan import (Discriminator, Perceptual, ResnetBlock, VQGAN, VQGANConfig, adaptive_weight, discriminator_loss,
+                   draw_far, generator_loss, kmeans, perturb, read_checkpoint, usage)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: one dataclass, turned into flags. None means: chosen by `resolve` from the data.
 
-RANGES = {(1, math.inf): """save_every eval_every log_every image_size vq_steps vq_batch vq_restart_every ch patch z_channels
-                            codes code_dim steps rows context accumulate hidden_size layers heads""",
-          (0, math.inf): """workers res_blocks words eval_n skip_nonfinite vq_lr vq_lr_adam lr lr_adam weight_decay clip z_loss
-                            adversarial code_noise""",
+RANGES = {(1, math.inf): """save_every eval_every log_every image_size vq_steps vq_batch vq_restart_every ch patch
+                            z_channels codes code_dim steps rows context accumulate hidden_size layers heads""",
+          (0, math.inf): """workers res_blocks words eval_n skip_nonfinite vq_lr vq_lr_adam lr lr_adam weight_decay clip
+                            z_loss adversarial code_noise""",
           (0, 1): "vq_continuous adversarial_start warmup uncond",
           (0, len(data.PAIRS) - 1): "withheld",
           (0, 2 ** 31 - 1): "seed"}
@@ -90,7 +90,7 @@ class Config:
     image_size: int | None = None       # pixels of a side
     pad: bool = False                   # pad pictures to a square instead of cropping their centre
     vqgan: str | None = None            # take this tokenizer instead of training one
-    shards: str | None = None           # folder of encoded pictures that runs with the same tokenizer share; none: OUT/codes
+    shards: str | None = None           # folder of codes, for runs with one tokenizer to share; none: OUT/codes
     vq_steps: int | None = None
     vq_batch: int = 32
     vq_lr: float = 0.03                 # of Muon, for kernels
@@ -135,7 +135,8 @@ class Config:
             for name in names.split():
                 value = getattr(self, name)
                 if value is not None and not (least <= value <= most and math.isfinite(value)):
-                    raise ValueError(f"--{name} {value}: expected a number from {least}" + f" to {most}" * (most < math.inf))
+                    end = f" to {most}" if most < math.inf else ""
+                    raise ValueError(f"--{name} {value}: expected a number from {least}{end}")
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} {getattr(self, name)}: choose {' or '.join(known)}")
@@ -147,7 +148,8 @@ class Config:
 PRESETS = {
     "laptop": {},
     "gpu": dict(image_size=256, patch=2, ch=128, ch_mult=(1, 1, 2, 4), z_channels=256, codes=4096, vq_steps=40_000,
-                adversarial=0.5, steps=50_000, rows=64, hidden_size=768, layers=12, heads=12, words=16_384, compile=True),
+                adversarial=0.5, steps=50_000, rows=64, hidden_size=768, layers=12, heads=12, words=16_384,
+                compile=True),
     "paper": dict(image_size=512, patch=1, ch=128, ch_mult=(1, 1, 2, 2, 4), z_channels=256, codes=8192, code_dim=256,
                   l2_norm=False, vq_steps=200_000, adversarial=0.5, steps=100_000, rows=512, context=2048,
                   words=32_768, hidden_size=1024, layers=24, heads=16, image_rows="free", code_noise=0.0, compile=True),
@@ -155,21 +157,21 @@ PRESETS = {
 
 
 # The paper's fine-tuning, with --init:
-FINETUNE = dict(optimizer="adamw", lr_adam=2e-5, weight_decay=0.0, warmup=0.03, rows=16, context=2048, image_rows="free",
-                code_noise=0.0)
+FINETUNE = dict(optimizer="adamw", lr_adam=2e-5, weight_decay=0.0, warmup=0.03, rows=16, context=2048,
+                image_rows="free", code_noise=0.0)
 
 
 def kind_of(field):
     """The type of a dataclass field without its `| None`."""
     hint = typing.get_type_hints(Config)[field.name]
-    return next(t for t in typing.get_args(hint) if t is not types.NoneType) if isinstance(hint, types.UnionType) else hint
+    return typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
 
 
 def add_flags(parser):
     """A flag for each field of Config; what the user leaves out stays out of the result."""
     for f in dataclasses.fields(Config):
-        options = dict(default=argparse.SUPPRESS, help=f"default: {'from the data' if f.default is None else f.default}")
-        kind = kind_of(f)
+        kind, known = kind_of(f), "from the data" if f.default is None else f.default
+        options = dict(default=argparse.SUPPRESS, help=f"default: {known}")
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif kind in (int, float, str):
@@ -195,9 +197,11 @@ def resolve(cfg, splits, vqgan=None) -> Config:
     """Fill in what depends on the data: scenes are simple and get 16 codes each, other pictures 64 or more."""
     scenic, pictures = cfg.data is None, len(splits["train"].pictures)
     if vqgan:
-        cfg = dataclasses.replace(cfg, patch=vqgan.config.patch, ch_mult=vqgan.config.ch_mult, codes=vqgan.config.n_embed)
+        c = vqgan.config
+        cfg = dataclasses.replace(cfg, patch=c.patch, ch_mult=c.ch_mult, codes=c.n_embed)
     if scenic:
-        chosen = dict(patch=8, ch_mult=(1, 1), codes=512, words=1024, vq_steps=1000, steps=1150, code_noise=0.3, workers=0)
+        chosen = dict(patch=8, ch_mult=(1, 1), codes=512, words=1024, vq_steps=1000, steps=1150,
+                      code_noise=0.3, workers=0)
     else:
         chosen = dict(patch=4, ch_mult=(1, 2), codes=1024, words=4096, vq_steps=min(20_000, 600 + pictures // 4),
                       steps=min(50_000, 600 + pictures // 2), code_noise=0.0, workers=min(4, os.cpu_count() or 1))
@@ -229,15 +233,16 @@ def check(cfg, splits, world):
         if not good:
             raise ValueError(f"--{name} {getattr(cfg, name)}: {wanted}")
     f, mix, tasks = cfg.patch * 2 ** (len(cfg.ch_mult) - 1), parse_mix(cfg.mix), task_lists(splits["train"])
+    codes, pictured = (cfg.image_size // f) ** 2, any(mix.get(task) for task in ("t2i", "i2t", "vqa"))
     require(cfg.ch % 32 == 0 or cfg.vqgan, "ch", "group norm needs a multiple of 32")
     require(cfg.image_size % f == 0, "image_size", f"a code is {f}x{f} pixels: choose a multiple of {f}")
-    require(cfg.hidden_size % (2 * cfg.heads) == 0 or cfg.init, "hidden_size", f"choose a multiple of twice --heads {cfg.heads}")
+    require(cfg.hidden_size % (2 * cfg.heads) == 0 or cfg.init, "hidden_size",
+            f"choose a multiple of twice --heads {cfg.heads}")
     require(cfg.vq_batch >= world, "vq_batch", f"each of {world} processes needs a picture")
     require(cfg.rows % (world * cfg.accumulate) == 0, "rows",
             f"not a multiple of {world} processes times --accumulate {cfg.accumulate}")
-    require(any(tasks[task] for task, weight in mix.items() if weight), "mix", "there are no examples of it to train on")
-    require(cfg.context > (cfg.image_size // f) ** 2 or not any(mix.get(task) for task in ("t2i", "i2t", "vqa")), "context",
-            f"a picture alone has {(cfg.image_size // f) ** 2} codes")
+    require(any(tasks[task] for task, weight in mix.items() if weight), "mix", "there are no examples of it")
+    require(cfg.context > codes or not pictured, "context", f"a picture alone has {codes} codes")
     require(cfg.vqgan or any(p.open for p in splits["train"].pictures), "data",
             "codes without pictures need the --vqgan that made them")
     require(not cfg.data or not Path(cfg.out).resolve().is_relative_to(Path(cfg.data).resolve()), "out",
@@ -258,9 +263,9 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Within it, SIGTERM and SIGINT end the program by Stopped: at once, or while it `waits` when the loop reads `asked`.
+    """Within it, SIGTERM and SIGINT end the program by Stopped: at once or, if it `waits`, when the loop reads it.
 
-    A second SIGINT, an impatient Ctrl-C, does not wait. A second SIGTERM does: torchrun passes it on to who already had it.
+    A second SIGINT, an impatient Ctrl-C, does not wait. A second SIGTERM does: torchrun sends it again to who had it.
     """
     asked, waits = 0, False
 
@@ -332,14 +337,16 @@ def set_up(cfg) -> Process:
             torch.cuda.set_device(device)
         if not dist.is_initialized():
             store, rank, _ = next(rendezvous("env://"))
-            attempt = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)   # else it holds dead addresses
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=attempt, rank=rank, world_size=world,
-                                    timeout=timedelta(hours=6))     # the others wait while one draws, or encodes what is left
+            # A name for each restart, or the store would hold the addresses of the dead.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world,
+                                    timeout=timedelta(hours=6))     # the others wait while one draws or encodes
     return Process(dist.get_rank() if world > 1 else 0, world, device)
 
 
 class Log:
-    """One JSON object a line; a resumed act first drops what was written after its checkpoint, and a line that was cut short."""
+    """One JSON object a line; a resumed act first drops what was written after its checkpoint, and broken lines."""
     def __init__(self, path, process):
         self.path, self.process = Path(path), process
 
@@ -363,7 +370,7 @@ class Log:
 
 
 class Guard:
-    """Decides, alike on all processes, whether a step may be learned from: its losses and its gradient have to be finite."""
+    """Decides, alike on all processes, whether a step may be taken: its losses and its gradient have to be finite."""
     def __init__(self, cfg, act, path, log, skipped):
         self.allowed, self.act, self.path, self.log, self.skipped = cfg.skip_nonfinite, act, path, log, skipped
 
@@ -371,8 +378,8 @@ class Guard:
         wrong = [name for name, value in values.items() if not math.isfinite(value)]
         if wrong and self.skipped >= self.allowed:
             good = f"{self.path} holds the last good one" if self.path.exists() else "there is no checkpoint yet"
-            raise ValueError(f"act {self.act}, step {step}: {', '.join(wrong)} not finite, and the step is not taken; {good}; "
-                             f"--resume --skip_nonfinite {self.skipped + 1} goes on without this step")
+            raise ValueError(f"act {self.act}, step {step}: {', '.join(wrong)} not finite, and the step is not taken; "
+                             f"{good}; --resume --skip_nonfinite {self.skipped + 1} goes on without this step")
         if wrong:
             self.skipped += 1
             self.log.write(self.act, step, nonfinite=wrong)
@@ -416,7 +423,7 @@ def parallel(cfg, model, process):
 
 @contextmanager
 def gathered_weights(model):
-    """Whole weights on every process, each of which may then run what it likes; a model that is not cut up has them anyway."""
+    """Whole weights on every process, each of which may then run what it likes; a model not cut up has them anyway."""
     parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -440,7 +447,7 @@ def shard_like(p, x):
 
 
 def gathered_state(state, process):
-    """A state dict of whole tensors on the CPU of the first process, whatever was cut up; all processes call this together."""
+    """A state dict of whole tensors, those that were cut up on the first process's CPU; all call this together."""
     if isinstance(state, dict):
         return {k: gathered_state(v, process) for k, v in state.items()}
     if isinstance(state, DTensor):
@@ -462,32 +469,39 @@ def load_optimizers(optimizers, states):
 # Schedule and optimizers
 
 def schedule(step, steps, warmup, decay=1.0):
-    """Factor of the learning rate: up over the share `warmup`, then 1, then along a cosine to 0 over the share `decay`."""
+    """Factor of the learning rate: up over the share `warmup`, then 1, then a cosine to 0 over the share `decay`."""
     rise = min(1.0, (step + 1) / max(1, warmup * steps))
     past = max(0.0, (step / steps - (1 - decay)) / decay) if decay else 0.0
     return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, past)))
 
 
 def orthogonalize(g, steps=5):
-    """The nearest semi-orthogonal matrices to g (n, r, c), roughly: Newton-Schulz in float32 (Jordan et al. 2024, Muon)."""
+    """The nearest semi-orthogonal matrices to g (n, r, c), roughly: Newton-Schulz in float32 (Jordan et al. 2024).
+
+    A step multiplies x by a polynomial of x x^T and leaves its singular vectors alone: so the small matrix x x^T takes
+    all steps, and x their product at the end (Zhang, Amsel, Chen and Dao 2026, Gram Newton-Schulz).
+    """
     x = g / (g.norm(dim=(1, 2), keepdim=True) + 1e-7)
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
+    gram, one = x @ x.mT, torch.eye(min(x.shape[1:]), device=x.device)
+    product = one
     for _ in range(steps):
-        gram = x @ x.mT
-        x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) @ x
+        factor = 3.4445 * one + torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        gram, product = factor @ gram @ factor, factor @ product
+    x = product @ x
     return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalized, for matrices and kernels; torch.optim.Muon computes in bf16, slow on CPUs."""
+    """Momentum, orthogonalized, for matrices and kernels; torch.optim.Muon computes in bf16, which is slow on CPUs."""
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            updates = defaultdict(dict)         # {shape: {parameter: its update}}, for matrices of one shape go together
+            updates = defaultdict(dict)         # {shape: {parameter: update}}: matrices of one shape go together
             for p in group["params"]:
                 if p.grad is not None:
                     momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
@@ -503,9 +517,11 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(matrices, parameters, lr, lr_adam, weight_decay=0.0, betas=(0.9, 0.95)):
     """Muon for `matrices`, AdamW for the other parameters; each group remembers its peak learning rate."""
     chosen = set(matrices)
-    rest = [p for p in parameters if p.requires_grad and p not in chosen]
-    optimizers = [torch.optim.AdamW(rest, lr=lr_adam, betas=betas, weight_decay=weight_decay, fused=True)] if rest else []
-    optimizers += [Muon(matrices, lr, weight_decay=weight_decay)] if matrices else []
+    rest, optimizers = [p for p in parameters if p.requires_grad and p not in chosen], []
+    if rest:
+        optimizers.append(torch.optim.AdamW(rest, lr_adam, betas, weight_decay=weight_decay, fused=True))
+    if matrices:
+        optimizers.append(Muon(matrices, lr, weight_decay=weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
@@ -526,7 +542,7 @@ def step_all(optimizers, take=True):
 
 
 def restore(saved, path, networks, optimizers):
-    """Load a checkpoint's networks {key: module}, optimizers and random state; ValueError if they are of another run."""
+    """Load a checkpoint's networks {key: module}, optimizers and random state; ValueError if they do not fit."""
     with sample.fitting(path):
         for key, network in networks.items():
             network.load_state_dict(saved[key])
@@ -538,7 +554,7 @@ def restore(saved, path, networks, optimizers):
 # Act 1: the tokenizer
 
 def collate(items):
-    """uint8 tensors of what could be read -> (B, 3, H, W) or None; and for each item None, or why it could not be read."""
+    """uint8 tensors of what could be read -> (B, 3, H, W) or None; for each item None, or why it could not be read."""
     pixels = [x for x in items if torch.is_tensor(x)]
     return torch.stack(pixels) if pixels else None, [x if isinstance(x, str) else None for x in items]
 
@@ -550,7 +566,7 @@ def leave_signals(_):
 
 
 def pixel_batches(cfg, pictures, indices):
-    """Lists of indices -> (pixels (B, 3, H, W) in [-1, 1] or None, for each index None or an error), read by workers."""
+    """Lists of indices -> (pixels (B, 3, H, W) in [-1, 1] or None; for each index None or an error), by workers."""
     loader = torch.utils.data.DataLoader(data.Pixels(pictures, cfg.image_size, cfg.pad), batch_sampler=indices,
                                          num_workers=cfg.workers, collate_fn=collate, worker_init_fn=leave_signals)
     for pixels, errors in loader:
@@ -569,7 +585,7 @@ def seeded(cfg, step):
 
 
 def gathered(process, x):
-    """(n, ...), n of any size on each process -> those of all, in the order of one process: rank r has items r, r + world, ..."""
+    """(n, ...) with any n on each process -> those of all in the order of one: rank r has items r, r + world, ..."""
     if process.world == 1:
         return x
     parts = [None] * process.world
@@ -603,7 +619,7 @@ RESTARTS = 0.75     # share of the steps in which unused codes restart
 
 
 def report_usage(cfg, counts, step, process, log):
-    """Log how many codes are in use, and warn at the end if they are fewer than a tenth: healthy tokenizers use nearly all."""
+    """Log how many codes are in use, and warn at the end of fewer than a tenth: healthy tokenizers use nearly all."""
     used, perplexity = usage(counts)
     log.write(1, step + 1, codes_used=used, perplexity=perplexity)
     if step >= RESTARTS * cfg.vq_steps and step + cfg.vq_restart_every >= cfg.vq_steps and used < cfg.codes / 10:
@@ -646,7 +662,8 @@ def train_tokenizer(cfg, splits, process, log):
     # The networks:
     torch.manual_seed(cfg.seed)
     model = VQGAN(VQGANConfig(ch=cfg.ch, ch_mult=cfg.ch_mult, num_res_blocks=cfg.res_blocks, z_channels=cfg.z_channels,
-                              n_embed=cfg.codes, embed_dim=cfg.code_dim, l2_norm=cfg.l2_norm, patch=cfg.patch)).to(process.device)
+                              n_embed=cfg.codes, embed_dim=cfg.code_dim, l2_norm=cfg.l2_norm, patch=cfg.patch))
+    model = model.to(process.device)
     perceptual = Perceptual(cfg.perceptual).to(process.device) if cfg.perceptual else None
     discriminator = Discriminator().to(process.device) if cfg.adversarial else None
 
@@ -669,10 +686,10 @@ def train_tokenizer(cfg, splits, process, log):
     def save(step):
         if process.first:
             data.save_atomically(dict(
-                format="nanoLiquid tokenizer 1", model=model.state_dict(), config=asdict(model.config), step=step, counts=counts,
-                skipped=guard.skipped, discriminator=discriminator.state_dict() if discriminator else None,
-                optimizer=[o.state_dict() for o in optimizers + d_optimizers], train_config=asdict(cfg),
-                random_state=torch.get_rng_state()), path)
+                format="nanoLiquid tokenizer 1", model=model.state_dict(), config=asdict(model.config), step=step,
+                counts=counts, skipped=guard.skipped, train_config=asdict(cfg), random_state=torch.get_rng_state(),
+                discriminator=discriminator.state_dict() if discriminator else None,
+                optimizer=[o.state_dict() for o in optimizers + d_optimizers]), path)
 
     # The loop:
     if cfg.compile:
@@ -747,7 +764,8 @@ def encode_pictures(cfg, vqgan, splits, process, log) -> dict[str, data.Split]:
         process.wait()
         shards = [data.read_shard(path, fingerprint) for path in paths]
         if None in shards:
-            raise ValueError(f"{paths[shards.index(None)]}: was just written and cannot be read; do all processes share --out?")
+            path = paths[shards.index(None)]
+            raise ValueError(f"{path}: was just written and cannot be read; do all processes share --out?")
         encoded[name] = data.Split([p for pictures, _ in shards for p in pictures], split.texts)
         skipped += [why for _, bad in shards for why in bad.values()]
     log.rewind(2, -1)
@@ -773,8 +791,9 @@ def encode_shard(cfg, vqgan, pictures, path, fingerprint, device):
     side = cfg.image_size // vqgan.config.f
     for p in done:
         if p.codes.shape != (side, side) or p.codes.max() >= vqgan.config.n_embed:
-            raise ValueError(f"{p.name}: {'x'.join(map(str, p.codes.shape))} codes up to {p.codes.max()} are not of this VQGAN, "
-                             f"which makes {side}x{side} up to {vqgan.config.n_embed - 1} of --image_size {cfg.image_size}")
+            shape, most = "x".join(map(str, p.codes.shape)), vqgan.config.n_embed - 1
+            raise ValueError(f"{p.name}: {shape} codes up to {p.codes.max()} are not of this VQGAN, which makes "
+                             f"{side}x{side} up to {most} of --image_size {cfg.image_size}")
     todo = [p for p in pictures if p.codes is None]
     parts = sample.batches(range(len(todo)), 64)
     for part, (pixels, errors) in zip(parts, pixel_batches(cfg, todo, parts)):
@@ -796,8 +815,9 @@ def learn_words(cfg, train) -> data.WordTokenizer:
     """A text tokenizer from all words of the training split and of the templates."""
     pictures = train.pictures
     talks = [f" {words}" for p in pictures for talk in p.talks for pair in talk for words in pair]
+    captions = [caption for p in pictures for caption in p.captions]
     fixed = [data.DRAW, data.CAPTION, *data.WordTokenizer.chat] * 3
-    return data.WordTokenizer.learn([*train.texts, *(c for p in pictures for c in p.captions), *talks, *fixed], cfg.words)
+    return data.WordTokenizer.learn([*train.texts, *captions, *talks, *fixed], cfg.words)
 
 
 def fetch(name) -> Path:
@@ -811,7 +831,8 @@ def fetch(name) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
     except Exception as error:      # the package raises its own and its transport's
-        raise ValueError(f"--init {name}: no such folder, and the hub did not give it ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--init {name}: no such folder, and the hub did not give it ({reason})") from None
 
 
 def text_side(cfg, train, vqgan):
@@ -834,10 +855,10 @@ def build_model(cfg, vocab, vqgan) -> Transformer:
         return model
     codebook, from_codebook = vqgan.quantize.codebook().detach(), cfg.image_rows == "codebook"
     model = Transformer(ModelConfig(
-        vocab_size=vocab.size, hidden_size=cfg.hidden_size, intermediate_size=3 * cfg.hidden_size, num_hidden_layers=cfg.layers,
-        num_attention_heads=cfg.heads, num_key_value_heads=cfg.heads, head_dim=cfg.hidden_size // cfg.heads,
-        max_position_embeddings=cfg.context, codebook_dim=codebook.shape[1] * from_codebook,
-        codebook_size=len(codebook) * from_codebook))
+        vocab_size=vocab.size, hidden_size=cfg.hidden_size, intermediate_size=3 * cfg.hidden_size,
+        num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, num_key_value_heads=cfg.heads,
+        head_dim=cfg.hidden_size // cfg.heads, max_position_embeddings=cfg.context,
+        codebook_dim=codebook.shape[1] * from_codebook, codebook_size=len(codebook) * from_codebook))
     if from_codebook:
         model.model.image_rows.start(codebook)
     return model
@@ -871,7 +892,7 @@ def peak(device) -> float:
 class Meter:
     """What training achieves: tokens/s, MFU (PaLM, appendix B), and the shares of time spent waiting and of padding.
 
-    MFU counts what the mathematics needs: no padding, nothing computed twice, a head for targets only, and keys that are seen.
+    MFU counts what the mathematics needs: no padding, nothing computed twice, a head for targets only, keys seen.
     """
     def __init__(self, model, process):
         c, self.peak, self.world = model.config, peak(process.device), process.world
@@ -894,11 +915,12 @@ class Meter:
 
 
 def learn(cfg, wide, batch, process):
-    """Add the gradients of a batch, in --accumulate parts -> this process's sums of losses and targets by task (2, tasks)."""
+    """Add a batch's gradients, in --accumulate parts -> this process's sums of losses and targets (2, tasks)."""
     by_task = torch.zeros(2, len(data.TASKS), device=process.device)
     # A drawing has many targets and a caption few: the sum over all is divided once, by the number of all, everywhere.
     targets = process.sum((batch.targets != data.IGNORE).sum())
-    for part, (ids, wanted, positions, documents, kinds) in enumerate(zip(*(x.chunk(cfg.accumulate) for x in batch)), 1):
+    parts = zip(*(x.chunk(cfg.accumulate) for x in batch))
+    for part, (ids, wanted, positions, documents, kinds) in enumerate(parts, 1):
         wide.require_backward_grad_sync = part == cfg.accumulate        # what DDP's no_sync sets
         with process.autocast():
             nll = wide(ids, wanted, positions, documents, z_loss=cfg.z_loss)
@@ -933,8 +955,8 @@ def train_transformer(cfg, splits, vqgan, process, log):
         restore(saved, path, {}, optimizers)
         start, position, guard.skipped = saved["step"], saved["data"], saved["skipped"]
     log.rewind(3, start)
-    process.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {vocab.image_start} rows for text, "
-                  f"{vocab.image_size} for codes, {grid[0]}x{grid[1]} codes a picture")
+    process.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {vocab.image_start} rows for "
+                  f"text, {vocab.image_size} for codes, {grid[0]}x{grid[1]} codes a picture")
 
     # The data:
     tasks, held_out = task_lists(splits["train"]), task_lists(splits["val"])
@@ -946,10 +968,9 @@ def train_transformer(cfg, splits, vqgan, process, log):
         weights, *states = [gathered_state(x.state_dict(), process) for x in (model, *optimizers)]
         if process.first:
             data.save_atomically(dict(
-                format="nanoLiquid model 1", model=weights, optimizer=states,
-                step=step, skipped=guard.skipped, config=asdict(cfg), model_config=asdict(model.config), vocab=asdict(vocab),
-                tokenizer=tokenizer.state(), data=position, random_state=torch.get_rng_state(),
-                fingerprint=vqgan.fingerprint(), grid=grid), path)
+                format="nanoLiquid model 1", model=weights, optimizer=states, step=step, skipped=guard.skipped,
+                config=asdict(cfg), model_config=asdict(model.config), vocab=asdict(vocab), tokenizer=tokenizer.state(),
+                data=position, random_state=torch.get_rng_state(), fingerprint=vqgan.fingerprint(), grid=grid), path)
 
     def evaluate(model, step):
         losses = validate(model, held_out, vocab, tokenizer, cfg, process)
@@ -1029,7 +1050,7 @@ def train(cfg: Config, stop=None):
 
     if ready and process.first:
         data.save_atomically(dict(config=asdict(ready.config), model=ready.state_dict()), out / "vqgan.pt")
-    process.stop.waits = True       # for the end of a step; encoding may stop anywhere, its shards are whole or not there
+    process.stop.waits = True       # for the end of a step; encoding may stop anywhere: a shard is whole or not there
     vqgan = ready or train_tokenizer(cfg, splits, process, log)
     process.stop.waits = False
     save_reconstructions(cfg, vqgan, splits, process)
@@ -1057,7 +1078,7 @@ def configure(argv=None) -> Config:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
     given = vars(parser.parse_args(argv))
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):    # torchrun --max-restarts: the same command goes on by itself
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):    # torchrun --max-restarts: the same command goes on
         given = {**given, "resume": True, "overwrite": False}
     out = Path(given.get("out", Config.out))
     there = [name for name in ("config.json", "vqgan.pt", "model.pt") if (out / name).exists()]
@@ -1101,12 +1122,13 @@ def main(argv=None):
     except OSError as error:
         time.sleep(2 * (rank > 0))          # the first speaks for all who fail alike, until torchrun ends the others
         begun = out and (out / "config.json").is_file()
-        sys.exit(f"train.py: {error}; " + (f"what {out} holds is whole: go on with --resume" if begun else "nothing was written"))
+        safe = f"what {out} holds is whole: go on with --resume" if begun else "nothing was written"
+        sys.exit(f"train.py: {error}; {safe}")
     except ValueError as error:
         time.sleep(2 * (rank > 0))
         sys.exit(f"train.py: {error}")
     except RuntimeError:
-        time.sleep(2 * dist.is_initialized())       # has it lost a peer? torchrun names the one that died and ends this one
+        time.sleep(2 * dist.is_initialized())       # a lost peer? torchrun names the one that died and ends this one
         raise
     finally:
         if dist.is_initialized():
@@ -1114,5 +1136,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    torch.set_flush_denormal(True)      # softmax has denormal tails, which take CPUs 100 times longer; before threads start
+    torch.set_flush_denormal(True)      # softmax's denormal tails take CPUs 100 times longer; before threads start
     main()

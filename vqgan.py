@@ -25,7 +25,7 @@ import torch.nn.functional as F
 class VQGANConfig:
     """The defaults are Chameleon's tokenizer: 512x512 pixels become 32x32 of 8192 codes."""
     ch: int = 128                               # channels of the first level
-    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # channels of each level, in units of ch; each level but the last halves h and w
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # channels of each level, in units of ch; all but the last halve h and w
     num_res_blocks: int = 2                     # in a level of the encoder; the decoder has one more
     attn_levels: tuple[int, ...] = ()           # levels with attention, besides the middle
     z_channels: int = 256                       # the encoder's output, before quant_conv
@@ -184,7 +184,7 @@ class Decoder(nn.Module):
 # The quantizer
 
 def nearest(vectors, centres):
-    """(N, e), (k, e) -> (N,) centres with the least squared distance; |v|^2 is the same for all of them and left out."""
+    """(N, e), (k, e) -> (N,) centres with the least squared distance; |v|^2, the same for all, is left out."""
     return torch.addmm(centres.pow(2).sum(1), vectors, centres.T, alpha=-2).argmin(1)
 
 
@@ -231,12 +231,12 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def replace(self, rows, vectors):
-        """Put vectors (n, e) of the encoder at rows (n,) of the codebook: how it starts, and how dead codes come back."""
+        """Put vectors (n, e) of the encoder at rows (n,) of the codebook: how it starts, how dead codes come back."""
         self.embedding.weight[rows] = vectors.to(self.embedding.weight)
 
 
 def usage(counts):
-    """counts (K,) of each code -> (number of codes used, perplexity: the number of equally used codes with this entropy)."""
+    """counts (K,) of each code -> (codes used, perplexity: how many equally used codes have this entropy)."""
     counts = counts.cpu().double()                                  # MPS has no float64
     p = counts / counts.sum().clamp(min=1)
     return int((counts > 0).sum()), float(torch.special.entr(p).sum().exp())
@@ -245,7 +245,7 @@ def usage(counts):
 def perturb(codebook, noise, codes, generator):
     """codes (h, w) -> codes that look alike: the nearest to their rows of the codebook (K, e) under Gaussian noise.
 
-    noise: in standard deviations of the codebook. (RQ-Transformer, arXiv 2203.01941, draws its training codes at random, too.)
+    noise: in standard deviations of the codebook. (RQ-Transformer, arXiv 2203.01941, samples its training codes, too.)
     """
     vectors = codebook[codes.flatten().long()]                      # (h * w, e)
     vectors = vectors + noise * codebook.std(0) * torch.randn(vectors.shape, generator=generator)
@@ -284,7 +284,7 @@ class Inert:
 
 
 def read_checkpoint(path) -> dict:
-    """The dict that torch.save wrote to a file; a ValueError names the file if it is anything else. No code in it is run."""
+    """The dict that torch.save wrote to a file; ValueError, naming the file, for all else. No code in it is run."""
     lightning = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
     try:
         with torch.serialization.safe_globals([(Inert, lightning)]):
@@ -316,9 +316,10 @@ class VQGAN(nn.Module):
 
     def latents(self, pixels):
         """pixels (B, 3, H, W) -> z (B, e, h, w), before quantization."""
-        if pixels.shape[-1] % self.config.f or pixels.shape[-2] % self.config.f:
-            raise ValueError(f"a picture of {pixels.shape[-1]}x{pixels.shape[-2]} pixels cannot be cut into codes of "
-                             f"{self.config.f}x{self.config.f} pixels: choose an image size that {self.config.f} divides")
+        (h, w), f = pixels.shape[-2:], self.config.f
+        if h % f or w % f:
+            raise ValueError(f"a picture of {w}x{h} pixels cannot be cut into codes of {f}x{f} pixels: "
+                             f"choose an image size that {f} divides")
         return self.quant_conv(self.encoder(pixels))
 
     def forward(self, pixels, quantize=True) -> Output:
@@ -347,9 +348,9 @@ class VQGAN(nn.Module):
 
     @staticmethod
     def load(path, device="cpu") -> "VQGAN":
-        """Read our own vqgan.pt, or a .ckpt of taming-transformers or Chameleon; the latter's shape is read off its tensors.
+        """Read our own vqgan.pt, or a .ckpt of taming-transformers or Chameleon, whose shape is read off its tensors.
 
-        Raises ValueError, naming the file, when it is missing, damaged, holds anything but tensors, or is another network.
+        Raises ValueError, naming the file, when it is missing, damaged, holds more than tensors, or is another network.
         """
         checkpoint = read_checkpoint(path)
         try:
@@ -362,7 +363,7 @@ class VQGAN(nn.Module):
             with torch.device("meta"):
                 model = VQGAN(config)
             model.load_state_dict(state, strict=True, assign=True)
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:     # whatever else it may hold
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:     # it may hold anything
             raise ValueError(f"{path}: not a VQGAN checkpoint: {' '.join(str(error).split())[:300]}") from None
         return model.float().to(device).eval()
 
@@ -379,7 +380,8 @@ def infer_config(state) -> VQGANConfig:
     except KeyError as missing:
         raise ValueError(f"{missing} is missing") from None
     return VQGANConfig(
-        ch=conv_in[0], ch_mult=[w // conv_in[0] for w in widths], num_res_blocks=count(r"encoder\.down\.0\.block\.(\d+)\."),
+        ch=conv_in[0], ch_mult=[w // conv_in[0] for w in widths],
+        num_res_blocks=count(r"encoder\.down\.0\.block\.(\d+)\."),
         attn_levels=[i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in state],
         z_channels=conv_out[0], n_embed=n_embed, embed_dim=embed_dim, patch=round((conv_in[1] / 3) ** 0.5))
 
@@ -388,7 +390,7 @@ def infer_config(state) -> VQGANConfig:
 # The adversary and the losses: off in the small preset, and what makes large pictures sharp
 
 class Discriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017): one logit for each patch of the picture, higher for real ones; names are taming's."""
+    """PatchGAN (Isola et al. 2017): a logit for each patch of the picture, higher for real ones; names are taming's."""
     def __init__(self, ch=64, layers=3):
         super().__init__()
         widths = [ch * min(2 ** i, 8) for i in range(layers + 1)]
@@ -406,12 +408,12 @@ class Discriminator(nn.Module):
 
 
 def discriminator_loss(discriminator, real, fake):
-    """Hinge loss: real patches above 1, drawn ones below -1. fake is detached: this loss never reaches the generator."""
+    """Hinge loss: real patches above 1, drawn ones below -1. fake is detached: the generator never sees this loss."""
     return 0.5 * (F.relu(1 - discriminator(real)).mean() + F.relu(1 + discriminator(fake.detach())).mean())
 
 
 def generator_loss(discriminator, fake):
-    """Raise the discriminator's logits of what was drawn; the caller zeroes the discriminator's gradients afterwards."""
+    """Raise the discriminator's logits of what was drawn; the caller zeroes the discriminator's gradients after it."""
     return -discriminator(fake).mean()
 
 
@@ -423,7 +425,7 @@ def adaptive_weight(reconstruction, adversarial, last_layer, ceiling=1e4):
 
 
 def blurred_pool(kernel):
-    """Max pooling that moves by one, then a blur (C, 1, 3, 3) that moves by two, so that a shifted picture looks the same."""
+    """Max pooling in steps of one, then a blur (C, 1, 3, 3) in steps of two, so that a shift changes little."""
     blur = nn.Conv2d(len(kernel), len(kernel), 3, stride=2, groups=len(kernel), bias=False)
     blur.weight.data = kernel.float()
     return [nn.MaxPool2d(2, stride=1), nn.ReflectionPad2d(2), blur]
@@ -432,8 +434,8 @@ def blurred_pool(kernel):
 class Perceptual(nn.Module):
     """LPIPS (Zhang et al. 2018, arXiv 1801.03924): distance of two pictures in the features of VGG16.
 
-    weights: a file with the 13 convolutions of VGG16's trunk and 5 linear heads, as the lpips packages store them. If it
-    has blur filters, they are put behind the pooling (shift-tolerant LPIPS, Ghildyal and Liu 2022, arXiv 2207.13686).
+    weights: a file with the 13 convolutions of VGG16's trunk and 5 linear heads, as the lpips packages store them. Blur
+    filters in it are put behind the pooling (shift-tolerant LPIPS, Ghildyal and Liu 2022, arXiv 2207.13686).
     """
     WIDTHS = (64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)
 
@@ -442,7 +444,7 @@ class Perceptual(nn.Module):
         state = {k: v for k, v in read_checkpoint(weights).items() if isinstance(v, torch.Tensor)}
         kernels = [v for k, v in state.items() if v.ndim == 4 and v.shape[1] > 1 and v.shape[2:] == (3, 3)]
         biases = [v for k, v in state.items() if v.ndim == 1 and k.endswith("bias")]
-        heads = [v for k, v in state.items() if v.ndim == 4 and v.shape[0] == 1 and v.shape[2:] == (1, 1) and k.startswith("lin")]
+        heads = [v for k, v in state.items() if k.startswith("lin") and v.ndim == 4 and v[0, 0].numel() == len(v) == 1]
         blurs = [v for k, v in state.items() if k.endswith(".filt")]
         widths = [c for stage in self.WIDTHS for c in stage]
         shapes = [(c, c_in, 3, 3) for c_in, c in zip([3] + widths, widths)]
