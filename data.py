@@ -18,13 +18,12 @@ import json
 import math
 import os
 import pickle
-import queue
 import random
 import re
 import tarfile
-import threading
 import warnings
-from collections import Counter
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -359,6 +358,21 @@ def load_tokenizer(state):
     return WordTokenizer(state["words"]) if state["kind"] == "words" else PretrainedTokenizer(state["text"])
 
 
+def fetch(name) -> Path:
+    """A folder, or the name of a repository on the hub, which is downloaded."""
+    if Path(name).exists() or name.count("/") != 1:
+        return Path(name)
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ValueError(f'--init {name}: no such folder, and for the hub: pip install -e ".[pretrained]"') from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+    except Exception as error:      # the package raises its own and its transport's
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"--init {name}: no such folder, and the hub did not give it ({reason})") from None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Templates: each task is written once, for training (ids and targets) and for sampling (the same with the answer left
 # out). All of them return (ids, targets), two lists of one length: targets[t] is the id to predict after ids[..t], or
@@ -442,8 +456,7 @@ def load_image(file) -> Image.Image:
                     image = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
                 return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, RuntimeError,
-            Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Exception as error:      # Pillow raises whatever its parsers stumble over
         name = file if isinstance(file, (str, Path)) else getattr(file, "name", "a picture")
         raise ValueError(f"{name}: not a readable picture ({error})") from None
 
@@ -491,6 +504,11 @@ class Picture:
 class Split(NamedTuple):
     pictures: list[Picture]
     texts: list[str]
+
+    def tasks(self) -> dict[str, list]:
+        """The examples of each task."""
+        captioned = [p for p in self.pictures if p.captions]
+        return {"t2i": captioned, "i2t": captioned, "vqa": [p for p in self.pictures if p.talks], "text": self.texts}
 
 
 def scenes(count, seed, name, side=64, withheld=WITHHELD, unseen=False, skip=()) -> list[Picture]:
@@ -542,7 +560,7 @@ def hold_out(items, share=20, most=400):
     return [x for i, x in enumerate(items) if i not in val], [items[i] for i in sorted(val)] or list(items)
 
 
-def load_source(data=None, text=None, side=64, withheld=WITHHELD) -> dict[str, Split]:
+def load_source(data=None, text=None, side=64, withheld=WITHHELD, passage=160) -> dict[str, Split]:
     """The splits of a run: "train" and "val" of the user's pictures and texts; of the built-in ones "unseen", too."""
     if data is None:
         splits = built_in(0, side, withheld)
@@ -550,16 +568,16 @@ def load_source(data=None, text=None, side=64, withheld=WITHHELD) -> dict[str, S
         train, val = hold_out(read_pictures(data))
         splits = {"train": Split(train, []), "val": Split(val, [])}
     if text is not None:
-        train, val = hold_out(read_texts(text))
+        train, val = hold_out(read_texts(text, passage))
         splits["train"], splits["val"] = splits["train"]._replace(texts=train), splits["val"]._replace(texts=val)
     return splits
 
 
-def read_texts(path) -> list[str]:
-    """A .txt file, or a .jsonl file with `text` in every line -> passages."""
+def read_texts(path, length=160) -> list[str]:
+    """A .txt file, or a .jsonl file with `text` in every line -> passages of about length characters."""
     path = Path(path)
     rows = read_jsonl(path) if path.suffix == ".jsonl" else [(1, {"text": read_utf8(path)})]
-    result = [p for number, row in rows for p in passages(field_of(row, "text", path, number))]
+    result = [p for number, row in rows for p in passages(field_of(row, "text", path, number), length)]
     if not result:
         raise ValueError(f"{path}: no text in it")
     return result
@@ -719,19 +737,22 @@ def picture_of_row(row, path, number) -> Picture:
 
 
 class Pixels(torch.utils.data.Dataset):
-    """Pictures as uint8 tensors (3, size, size); for one that cannot be read, the sentence that says why."""
-    def __init__(self, pictures, size, pad=False):
-        self.pictures, self.size, self.pad = pictures, size, pad
+    """Pictures as uint8 tensors (3, size, size); for one that cannot be read, the first of `spares` behind it that can,
+    or else the sentence that says why."""
+    def __init__(self, pictures, size, pad=False, spares=0):
+        self.pictures, self.size, self.pad, self.spares = pictures, size, pad, spares
 
     def __len__(self):
         return len(self.pictures)
 
     def __getitem__(self, i):
-        try:
-            image = fit(self.pictures[i].open(), self.size, self.pad)
-        except ValueError as error:
-            return str(error)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        for k in range(i, i + 1 + self.spares):
+            try:
+                image = fit(self.pictures[k % len(self)].open(), self.size, self.pad)
+                return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            except ValueError as error:
+                why = str(error)
+        return why
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -828,8 +849,7 @@ class Loader:
 
     def __iter__(self):
         while True:
-            batch = self.batch()
-            yield batch, self.state()
+            yield self.batch(), self.state()
 
     @lru_cache(maxsize=8)
     def order(self, task, epoch):
@@ -898,38 +918,16 @@ class Loader:
         return Batch(*torch.from_numpy(batch))
 
 
-def ahead(iterator, depth=2):
+def ahead(iterator, depth=3):
     """Run an iterator in a thread, a few items ahead of who reads it."""
-    items, ended = queue.Queue(depth), threading.Event()
-
-    def hand_over(*entry):
-        while not ended.is_set():
-            try:
-                return items.put(entry, timeout=0.1)
-            except queue.Full:
-                pass
-
-    def work():
-        try:
-            for item in iterator:
-                hand_over(item, None)
-                if ended.is_set():
-                    return
-            hand_over()                     # nothing: the end
-        except BaseException as error:      # handed to the reader, who raises it
-            hand_over(None, error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
+    pool, end = ThreadPoolExecutor(1), object()
     try:
-        while entry := items.get():
-            item, error = entry
-            if error:
-                raise error
+        items = deque(pool.submit(next, iterator, end) for _ in range(depth))
+        while (item := items.popleft().result()) is not end:
+            items.append(pool.submit(next, iterator, end))
             yield item
     finally:
-        ended.set()
-        thread.join()                       # a thread inside torch would abort the exit of its process
+        pool.shutdown(cancel_futures=True)      # and waits: a thread inside torch would abort the exit of its process
 
 
 def show():

@@ -10,9 +10,10 @@ B batch   T queries   S keys   D hidden_size   H heads   G key-value heads   d h
 L layers   V rows of the table   N positions that carry loss
 """
 
+import copy
+import importlib
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -28,6 +29,7 @@ def require(true, message):
 
 
 def require_choice(name, value, choices):
+    # A list, for what a file holds may not be hashable
     require(value in list(choices), f"{name} {value!r} is not supported: choose from {', '.join(choices)}")
 
 
@@ -231,12 +233,12 @@ class RMSNorm(nn.Module):
         return y.type_as(x)
 
 
-def rope_frequencies(config, local, device):
+def rope_frequencies(config, sliding, device):
     """Radians a position for each pair of dimensions -> (d/2,) float32; Su et al. 2021, arXiv 2104.09864."""
-    theta = config.rope_local_base_freq if local and config.rope_local_base_freq else config.rope_theta
-    freqs = 1.0 / theta ** (torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
-    scaling = None if local and config.rope_local_base_freq else config.rope_scaling
-    if not scaling or rope_type(scaling) == "default":
+    own = config.rope_local_base_freq if sliding else None          # of Gemma 3's sliding layers, which nothing scales
+    steps = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    freqs, scaling = 1.0 / (own or config.rope_theta) ** steps, config.rope_scaling or {}
+    if own or rope_type(scaling) == "default":
         return freqs
     if rope_type(scaling) == "linear":
         return freqs / scaling["factor"]
@@ -247,9 +249,9 @@ def rope_frequencies(config, local, device):
     return freqs * (keep + (1 - keep) / scaling["factor"])
 
 
-def rope_angles(config, positions, local):
+def rope_angles(config, positions, sliding):
     """positions (B, T) -> cos, sin (B, 1, T, d) float32."""
-    angles = positions[:, None, :, None].float() * rope_frequencies(config, local, positions.device)
+    angles = positions[:, None, :, None].float() * rope_frequencies(config, sliding, positions.device)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
@@ -294,10 +296,10 @@ class Cache:
 
     def select(self, rows, slots, reach=None):
         """A cache of `slots` slots whose row i continues row rows[i] of this one: read once, answered often."""
-        new = object.__new__(Cache)
+        new = copy.copy(self)
         new.k, new.v = ([F.pad(x[rows, :, :self.filled], (0, 0, 0, slots - self.filled)) for x in layers]
                         for layers in (self.k, self.v))
-        new.padding, new.next, new.filled, new.reach = self.padding[rows], self.next.clone(), self.filled, reach
+        new.padding, new.next, new.reach = self.padding[rows], self.next.clone(), reach
         if reach:                                                   # CUDA graphs write here, in place
             for tensor in (*new.k, *new.v, new.next):
                 torch._dynamo.mark_static_address(tensor, guard=False)
@@ -378,7 +380,9 @@ def attend(q, k, v, mask, scale, softcap=None):
     if T == 1 and H > G:                                            # decoding: a group's heads are queries of one head
         y = F.scaled_dot_product_attention(q.view(B, G, H // G, d), k, v, mask, scale=scale)
         return y.reshape(B, H, 1, d)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=H > G)
+    if H > G:                                                       # kernels that take a mask know no groups on GPUs
+        k, v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
 
 
 class MLP(nn.Module):
@@ -475,8 +479,9 @@ class Decoder(nn.Module):
         if positions is None:
             positions = slots[None] if cache is None else (slots - cache.padding[:, None]).clamp(min=0)
         kinds = {block.sliding for block in self.layers}
-        masks = {local: self.mask(slots, documents, cache, c.sliding_window if local else None) for local in kinds}
-        angles = {local: rope_angles(c, positions, local) for local in kinds}
+        windows = {sliding: c.sliding_window if sliding else None for sliding in kinds}
+        masks = {sliding: self.mask(slots, documents, cache, windows[sliding]) for sliding in kinds}
+        angles = {sliding: rope_angles(c, positions, sliding) for sliding in kinds}
 
         x = F.embedding(ids, table)                                 # (B, T, D)
         if c.family.embed_scale:
@@ -501,16 +506,15 @@ class ChunkedNLL(torch.autograd.Function):
 
     @staticmethod
     def logits(x, table, softcap, out=None):
-        # One position a row, in drawing: MKL needs half the time with the table first.
+        # Drawing has one position a row; for so thin an x, MKL takes half the time with the table as the left factor.
         z = ((table @ x.mT).mT if out is None else torch.matmul(x, table.T, out=out)).float()
         return z if softcap is None else z.div_(softcap).tanh_() * softcap
 
     @staticmethod
     def chunks(x, table, targets, z_loss, softcap, weights=None):
         """-> nll (N,), and with weights (N,) the gradients of (weights * nll).sum() for x and table."""
-        nll, dx, dtable = torch.empty(len(x), device=x.device), torch.empty_like(x), None
-        if weights is not None:
-            dtable = torch.zeros_like(table)
+        nll = torch.empty(len(x), device=x.device)
+        dx, dtable = (None, None) if weights is None else (torch.empty_like(x), torch.zeros_like(table))
         size = max(1, min(len(x), max(ChunkedNLL.LEAST, ChunkedNLL.CHUNK // (4 * len(table)))))
         buffer = x.new_empty(size, len(table))                      # fresh pages would cost a fifth of the product
         for i in range(0, len(x), size):
@@ -540,7 +544,7 @@ class ChunkedNLL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):                                        # (N,)
-        gradients, ctx.gradients, scale = ctx.gradients, None, grad[:1].sum()
+        gradients, ctx.gradients, scale = ctx.gradients, None, grad[:1].sum()   # the first weight; 0 if there is none
         if gradients is None or (grad != scale).any():
             _, *gradients = ChunkedNLL.chunks(*ctx.saved_tensors, *ctx.options, grad)
         else:
@@ -552,12 +556,11 @@ class ChunkedNLL(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------------------------------
 # Files of weights
 
-def import_safetensors():
+def import_extra(name):
     try:
-        import safetensors.torch
+        return importlib.import_module(name)
     except ImportError:
-        raise ValueError('published weights need safetensors: pip install -e ".[pretrained]"') from None
-    return safetensors
+        raise ValueError(f'published weights need {name}: pip install -e ".[pretrained]"') from None
 
 
 def read_json(path):
@@ -565,6 +568,16 @@ def read_json(path):
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
+
+
+def read_config(folder) -> ModelConfig:
+    """The config.json of a folder; ValueError, naming it, for what this model does not have."""
+    path = Path(folder) / "config.json"
+    hf = read_json(path)
+    try:
+        return config_from_hf(hf)
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def weight_files(folder):
@@ -583,7 +596,7 @@ def weight_files(folder):
 
 def read_tensors(path, wanted):
     """Yield (name, tensor) of one file, checked against wanted, {name: tensor of that shape}."""
-    library = import_safetensors()
+    library = import_extra("safetensors")
     try:
         with library.safe_open(path, framework="pt") as file:
             for name in file.keys():
@@ -595,16 +608,6 @@ def read_tensors(path, wanted):
                 yield name, file.get_tensor(name)
     except (library.SafetensorError, OSError) as error:
         raise ValueError(f"{path}: cannot be read as safetensors ({error})") from None
-
-
-def split(state, size):
-    """{name: tensor} -> {file: {name: tensor}}, a new file after each `size` bytes or a little more."""
-    parts, total = {}, 0
-    for name, tensor in state.items():
-        parts.setdefault(total // size, {})[name] = tensor
-        total += tensor.nbytes
-    names = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
-    return dict(zip(names if len(parts) > 1 else ["model.safetensors"], parts.values()))
 
 
 def grown(weight, rows, generator):
@@ -645,13 +648,12 @@ class Transformer(nn.Module):
     def dtype(self):
         return self.model.embed_tokens.weight.dtype
 
-    def head(self, table=None):
-        """The rows that logits are products with (V, D)."""
-        if not self.config.tie_word_embeddings:
-            return learned_only(self.lm_head.weight, self.model.learned)
-        return self.model.table() if table is None else table
+    def head(self, table):
+        """The rows that logits are products with (V, D): those of model.table(), or an untied head's."""
+        tied = self.config.tie_word_embeddings
+        return table if tied else learned_only(self.lm_head.weight, self.model.learned)
 
-    def logits(self, x, rows=None, table=None):
+    def logits(self, x, table, rows=None):
         """x (..., D) -> float32 logits (..., V), or of the rows (first, past_last) only."""
         head = self.head(table)
         return ChunkedNLL.logits(x, head if rows is None else head[slice(*rows)], self.config.final_logit_softcapping)
@@ -664,7 +666,7 @@ class Transformer(nn.Module):
         table = self.model.table()
         x = self.model(ids, table, positions, documents, cache)     # (B, T, D)
         if targets is None:
-            return self.logits(x)
+            return self.logits(x, table)
         learned, head = targets != -100, self.head(table)
         if torch.is_autocast_enabled(ids.device.type):              # backward runs outside autocast: types must agree
             x, head = (y.to(torch.get_autocast_dtype(ids.device.type)) for y in (x, head))
@@ -677,13 +679,8 @@ class Transformer(nn.Module):
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
         """Open a folder of config.json and safetensors; ValueError, naming file or tensor, for what does not fit."""
         folder = Path(folder)
-        hf = read_json(folder / "config.json")
-        try:
-            config = config_from_hf(hf)
-        except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
-            raise ValueError(f"{folder / 'config.json'}: {error}") from None
         with torch.device("meta"):                                  # shapes alone: the file's weights are the only copy
-            model = cls(config)
+            model = cls(read_config(folder))
         state, wanted = {}, model.state_dict()
         for path in weight_files(folder):
             for name, tensor in read_tensors(path, wanted):
@@ -697,25 +694,13 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def save_pretrained(self, folder, shard=5 * 10 ** 9, **keys):
         """Write config.json, with these keys besides, and safetensors in files of about `shard` bytes."""
-        folder, library = Path(folder), import_safetensors()
-        texts = {"config.json": config_to_hf(self.config) | {"dtype": str(self.dtype).removeprefix("torch.")} | keys}
-        state = {k: v.contiguous() for k, v in self.state_dict().items() if "image_rows" not in k}
-        state["model.embed_tokens.weight"] = self.model.table().detach().contiguous()
-        parts = split(state, shard)
-        if len(parts) > 1:
-            places = {name: file for file, part in parts.items() for name in part}
-            texts["model.safetensors.index.json"] = {"metadata": {"total_size": sum(t.nbytes for t in state.values())},
-                                                     "weight_map": places}
+        folder, hub, _ = Path(folder), import_extra("huggingface_hub"), import_extra("safetensors")
+        config = config_to_hf(self.config) | {"dtype": str(self.dtype).removeprefix("torch.")} | keys
+        state = {k: v for k, v in self.state_dict().items() if "image_rows" not in k}
+        state["model.embed_tokens.weight"] = self.model.table().detach()
         folder.mkdir(parents=True, exist_ok=True)
-        for file, part in parts.items():
-            library.torch.save_file(part, folder / f"{file}.tmp", metadata={"format": "pt"})
-        for file, text in texts.items():
-            (folder / f"{file}.tmp").write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
-        for file in (*parts, *texts):
-            os.replace(folder / f"{file}.tmp", folder / file)
-        for old in {*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")}:
-            if old.name not in (*parts, *texts):
-                old.unlink()                                        # of an earlier save in another number of files
+        hub.save_torch_state_dict(state, folder, max_shard_size=shard)  # with an index; files of an earlier save go
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @torch.no_grad()
     def extend_vocab(self, rows, generator=None):

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import data
 from model import Cache, ModelConfig, Transformer
-from vqgan import VQGAN
+from vqgan import VQGAN, read_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Choosing tokens
@@ -53,9 +53,9 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generators=(None,)):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits, order, rows = logits.float() / temperature, None, logits.shape[-1]
-    if 0 < top_k < rows or top_p < 1:
-        logits, order = logits.topk(min(top_k or rows, rows))       # (B, k), the most likely first
+    logits, order, V = logits.float() / temperature, None, logits.shape[-1]
+    if 0 < top_k < V or top_p < 1:
+        logits, order = logits.topk(min(top_k or V, V))             # (B, k), the most likely first
     reached = logits.softmax(-1).cumsum(-1)                         # (B, k)
     last = (reached[:, :-1] < top_p).sum(-1, keepdim=True)          # (B, 1): the choice that reaches top_p
     # One random number a row, without the sync that multinomial needs or noise for each of its choices
@@ -120,9 +120,9 @@ def generate(model, prompts, n, allowed=None, negatives=None, guidance=1.0, temp
     stops = torch.tensor(sorted(stop or ()), device=model.device, dtype=torch.long)
     out = torch.empty(len(prompts), n, dtype=torch.long, device=model.device)
     for i in range(n):
-        logits = model.logits(x, (first, past_last), table)         # (B or 2B, V)
+        logits = model.logits(x, table, (first, past_last))         # (B or 2B, V)
         ids = first + choose(guide(logits, guidance) if guided else logits, temperature, top_k, top_p, generators)
-        if len(stops) and i:
+        if len(stops) and i:                                        # from the second token on
             ids = torch.where(ended, out[:, i - 1], ids)
         out[:, i] = ids
         if len(stops):
@@ -149,7 +149,8 @@ class Sampling:
     batch: int = 64
 
     def __post_init__(self):
-        for name, good in dict(guidance=math.isfinite(self.guidance), temperature=0 <= self.temperature < math.inf,
+        t = self.temperature
+        for name, good in dict(guidance=math.isfinite(self.guidance), temperature=t == 0 or 1e-6 <= t < math.inf,
                                top_k=self.top_k >= 0, top_p=0 < self.top_p <= 1, seed=0 <= self.seed < 2 ** 31,
                                batch=self.batch > 0).items():
             if not good:
@@ -210,8 +211,10 @@ def load(run, vqgan=None, device="auto", dtype=torch.float32) -> Run:
     folder, device = Path(run), device_of(device)
     vqgan_path = vqgan or folder / "vqgan.pt"
     if (folder / "model.pt").exists() or not list(folder.glob("model*.safetensors")):
-        file = folder / "model.pt"
-        layout = read_checkpoint(file)
+        file = folder / "model.pt"      # says what LAYOUT says, under the same names
+        if not file.exists():
+            raise ValueError(f"{file}: no such file; `python train.py --out {folder}` makes it")
+        layout = read_model(file)
         with fitting(file):
             model = Transformer(ModelConfig(**layout["model_config"]))
             model.load_state_dict(layout["model"])
@@ -220,18 +223,18 @@ def load(run, vqgan=None, device="auto", dtype=torch.float32) -> Run:
         file, model = folder / LAYOUT, Transformer.from_pretrained(folder, dtype, device)
         with fitting(file):
             layout = json.loads(data.read_utf8(file)) if file.exists() else {}
-    pixels = VQGAN.load(vqgan_path, device)
+    vqgan = VQGAN.load(vqgan_path, device)
     if not layout:          # as published: the image rows are the last ones, pictures are squares of 512 pixels
-        tokenizer = data.PretrainedTokenizer.load(folder)
+        tokenizer, codes = data.PretrainedTokenizer.load(folder), vqgan.config.n_embed
         hf_config = json.loads(data.read_utf8(folder / "config.json"))
-        vocab = tokenizer.vocab(pixels.config.n_embed, hf_config, hf_config["vocab_size"] - pixels.config.n_embed)
-        side = 512 // pixels.config.f
-        return Run(model.eval(), pixels, vocab, tokenizer, (side, side), True, {}, LIQUID)
+        vocab = tokenizer.vocab(codes, hf_config, hf_config["vocab_size"] - codes)
+        side = 512 // vqgan.config.f
+        return Run(model.eval(), vqgan, vocab, tokenizer, (side, side), True, {"init": str(folder), "pad": True})
     with fitting(file):
         fingerprint, config = layout["fingerprint"], layout["config"]
-        run = Run(model.eval(), pixels, data.Vocab(**layout["vocab"]), data.load_tokenizer(layout["tokenizer"]),
+        run = Run(model.eval(), vqgan, data.Vocab(**layout["vocab"]), data.load_tokenizer(layout["tokenizer"]),
                   tuple(layout["grid"]), config["pad"], config)
-    if fingerprint != pixels.fingerprint():
+    if fingerprint != vqgan.fingerprint():
         raise ValueError(f"{vqgan_path}: not the VQGAN whose codes the model in {folder} was trained on")
     return run
 
@@ -242,14 +245,16 @@ LAYOUT = "nanoliquid.json"
 def export(run, folder, source=None):
     """Write a folder that transformers, vLLM and lm-eval open, and that `--run` takes: weights, tokenizers, layout.
 
-    source: the Hugging Face folder that training began with, whose tokenizer files are carried along.
+    source: the Hugging Face folder, or hub name, that training began with, whose tokenizer files are carried along.
     """
-    folder = Path(folder)
+    folder, source = Path(folder), source and data.fetch(source)
+    if source and not source.is_dir():
+        raise ValueError(f"{source}: no such folder, and the export needs its tokenizer files")
     ids = {f"{name}_token_id": getattr(run.vocab, name) for name in ("bos", "eos", "pad")}
     run.model.save_pretrained(folder, **ids)
     carried = "tokenizer*", "special_tokens*", "generation_config*", "chat_template*", "vocab.json", "merges.txt"
     for pattern in carried if source else ():
-        for file in Path(source).glob(pattern):
+        for file in source.glob(pattern):
             shutil.copy(file, folder / file.name)
     data.save_atomically({"config": asdict(run.vqgan.config), "model": run.vqgan.state_dict()}, folder / "vqgan.pt")
     layout = dict(vocab=asdict(run.vocab), tokenizer=run.tokenizer.state(), grid=run.grid, config=run.config,
@@ -257,14 +262,10 @@ def export(run, folder, source=None):
     (folder / LAYOUT).write_text(json.dumps(layout))
 
 
-def read_checkpoint(path) -> dict:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; `python train.py --out {Path(path).parent}` makes it") from None
-    except Exception as error:      # torch raises whatever its unpickler or zip reader stumbles over
-        raise ValueError(f"{path}: not a checkpoint of plain tensors ({str(error).splitlines()[0]})") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "nanoLiquid model 1":
+def read_model(path) -> dict:
+    """A model.pt; what nobody asks for, such as the optimizer's state, stays on the disk."""
+    checkpoint = read_checkpoint(path, mmap=True)
+    if checkpoint.get("format") != "nanoLiquid model 1" or "model" not in checkpoint:
         raise ValueError(f"{path}: not a model of this project")
     return checkpoint
 
@@ -282,10 +283,11 @@ def generators(run, sampling, numbers):
 
 
 def require_room(run, prompts, n=1):
-    """ValueError if a prompt and n more tokens are longer than what the model reads at once."""
+    """How many tokens fit behind the longest prompt; ValueError if fewer than n."""
     longest, most = max(map(len, prompts), default=0), run.model.config.max_position_embeddings
     if longest + n > most:
         raise ValueError(f"a prompt of {longest} tokens is too long: the model reads {most}, the answer's {n} included")
+    return most - longest
 
 
 def text_to_image(run, prompts, sampling=None, numbers=None):
@@ -303,18 +305,22 @@ def text_to_image(run, prompts, sampling=None, numbers=None):
     return images
 
 
-def encode(run, images):
-    """Images of any size -> codes (B, h, w)."""
+def to_pixels(run, images):
+    """Images of any size -> pixels (B, 3, size, size) in the form that the run was trained on."""
     size = run.grid[0] * run.vqgan.config.f
-    pixels = torch.cat([data.to_pixels(data.fit(image, size, run.pad)) for image in images])    # (B, 3, size, size)
-    return run.vqgan.encode(pixels.to(run.device))
+    return torch.cat([data.to_pixels(data.fit(image, size, run.pad)) for image in images]).to(run.device)
+
+
+def encode(run, images):
+    """Images of any size -> codes (h, w) of each."""
+    return [codes for part in batches(images, 64) for codes in run.vqgan.encode(to_pixels(run, part))]
 
 
 def write(run, prompts, n, sampling=None, numbers=None):
     """Continue prompts (lists of ids) with up to n tokens of text -> strings; numbers as in text_to_image."""
     s, texts = sampling or replace(run.sampling, temperature=0.0), []
     stop = {run.vocab.eos, *run.tokenizer.stops}
-    require_room(run, prompts)
+    n = min(n, require_room(run, prompts))
     for part in batches(list(zip(prompts, range(len(prompts)) if numbers is None else numbers)), s.batch):
         ids = generate(run.model, [p for p, _ in part], n, run.vocab.text_rows,
                        temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, stop=stop,
@@ -365,10 +371,10 @@ def code_accuracy(run, pictures):
     """How often the likeliest code is the true one, after a caption and the true codes before it; guessing: 1/K."""
     right, (first, past_last) = [], run.vocab.image_rows
     for p in pictures:
-        example = data.render_t2i(run.vocab, run.tokenizer, p.captions[0], encode(run, [p.open()]).cpu())
+        example = data.render_t2i(run.vocab, run.tokenizer, p.captions[0], *encode(run, [p.open()]))
         ids, targets = (torch.tensor(x, device=run.device) for x in example)
         drawn = (first <= targets) & (targets < past_last)
-        right += (run.model(ids[None])[0, drawn].argmax(-1) == targets[drawn]).tolist()
+        right += (first + run.model(ids[None])[0, drawn, first:past_last].argmax(-1) == targets[drawn]).tolist()
     return mean(right)
 
 
@@ -388,8 +394,7 @@ def score_reconstructions(run, pictures):
     """-> images, mean PSNR in dB (over [0, 1]), number of codes used"""
     images, psnrs, used = [], [], set()
     for part in batches(pictures, 64):
-        size = run.grid[0] * run.vqgan.config.f
-        pixels = torch.cat([data.to_pixels(data.fit(p.open(), size, run.pad)) for p in part]).to(run.device)
+        pixels = to_pixels(run, [p.open() for p in part])
         codes = run.vqgan.encode(pixels)
         decoded = run.vqgan.decode(codes)
         psnrs += (-10 * ((decoded - pixels) / 2).square().mean((1, 2, 3)).clamp(min=1e-10).log10()).tolist()
@@ -418,9 +423,7 @@ def score_answers(run, split, train, limit):
     asked = [(p, *p.talks[i % len(p.talks)][0]) for i, p in enumerate(split) if p.talks][:limit]
     if not asked:
         return None, None
-    said = []
-    for part in batches(asked, 64):
-        said += answer(run, [p.open() for p, _, _ in part], [q for _, q, _ in part])
+    said = answer(run, [p.open() for p, _, _ in asked], [q for _, q, _ in asked])
     guesses = [(common.get(q) or common[None] or Counter({"": 1})).most_common(1)[0][0] for _, q, _ in asked]
     return mean(s == a for s, (_, _, a) in zip(said, asked)), mean(g == a for g, (_, _, a) in zip(guesses, asked))
 
@@ -502,8 +505,9 @@ def read_runs(path) -> list[Trained]:
         with fitting(path):
             return [Trained(**run) for run in json.loads(text)]
     folder = Path(path)
-    config = json.loads(data.read_utf8(folder / "config.json"))
-    weights = read_checkpoint(folder / "model.pt")["model"]
+    text, weights = data.read_utf8(folder / "config.json"), read_model(folder / "model.pt")["model"]
+    with fitting(folder / "config.json"):
+        config = json.loads(text)
     size = sum(tensor.numel() for name, tensor in weights.items() if ".layers." in name)
     with fitting(folder / "log.jsonl"):
         lines = [line for _, line in data.read_jsonl(folder / "log.jsonl")]
@@ -613,6 +617,8 @@ def sweep(paths, option, values, n=200, plot=None, save=None):
         choices = [replace(runs[0].sampling, **{option: kind(value)}) for value in values]
     except ValueError as error:
         raise ValueError(f"--values {','.join(values)}: {error}") from None
+    if len({run.config["withheld"] for run in runs}) > 1:
+        raise ValueError(f"sweep {' '.join(paths)}: runs with different --withheld have seen different scenes")
     side, withheld = runs[0].grid[0] * runs[0].vqgan.config.f, runs[0].config["withheld"]
     splits = data.built_in(0, side, withheld, train=1, val=n, unseen=n)
     scenes = {"t2i_exact": splits["val"].pictures, "t2i_unseen_combinations": splits["unseen"].pictures}
@@ -659,6 +665,8 @@ def caption_command(run, args, sampling):
     if not Path(args.picture).is_dir():
         return print(caption(run, [data.load_image(args.picture)], sampling, args.n)[0])
     files = data.picture_files(args.picture)
+    if not files:
+        raise ValueError(f"{args.picture}: no pictures in it")
     paths = [Path(args.save_dir, file.relative_to(args.picture)).with_suffix(".txt") for file in files]
     for part in tqdm(batches(missing(paths), sampling.batch), desc="caption"):
         images = {}
@@ -682,13 +690,14 @@ def parser():
             optional, note = "?" if name == "t2i" else None, "or a folder" if name == "i2t" else None
             p.add_argument(argument, nargs=optional, help=note)
         p.add_argument("--run", default="runs/demo", help="a run folder")
-        p.add_argument("--vqgan", help="another VQGAN than the run's own")
+        p.add_argument("--vqgan", help="where the run's VQGAN is, if not in its folder")
         p.add_argument("--device", default="auto")
         p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the transformer's weights")
         p.add_argument("--compile", action="store_true", help="the decode step: slow to start, then faster")
         p.add_argument("--n", type=int, default=200 if name == "eval" else 80, help="examples to score, or tokens")
         for key, default in vars(Sampling()).items():
-            p.add_argument(f"--{key.replace('_', '-')}", f"--{key}", type=type(default), help=f"usually {default}")
+            spellings = dict.fromkeys((f"--{key.replace('_', '-')}", f"--{key}"))
+            p.add_argument(*spellings, type=type(default), help=f"usually {default}")
         if name in ("t2i", "i2t"):
             p.add_argument("--save-dir", "--save_dir", default="drawn" if name == "t2i" else "captions", metavar="DIR")
         if name == "t2i":
@@ -738,9 +747,10 @@ def main(argv=None):
             print(args.folder)
         else:
             c = run.config
-            if not c:
+            if "data" not in c:
                 raise ValueError(f"--run {args.run}: eval needs a run of train.py, which knows its data")
-            splits = data.load_source(c["data"], c["text"], run.grid[0] * run.vqgan.config.f, c["withheld"])
+            side, passage = run.grid[0] * run.vqgan.config.f, c.get("passage", 160)
+            splits = data.load_source(c["data"], c["text"], side, c["withheld"], passage)
             print_scores(evaluate(run, splits, args.n, sampling))
     except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {error}")

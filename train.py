@@ -8,7 +8,7 @@
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py --shard --out RUN
                                                              # on each of 2 nodes that share RUN; weights cut up (FSDP2)
 
-`python train.py --help` lists every flag with its default. A run folder holds config.json, vqgan.pt, codes/, model.pt,
+`python train.py --help` explains every flag. A run folder holds config.json, vqgan.pt, codes/, model.pt,
 log.jsonl and samples/; `--resume` goes on with one that was interrupted.
 
 B batch   R rows   T positions   K codes   h, w code grid
@@ -16,14 +16,15 @@ B batch   R rows   T positions   K codes   h, w code grid
 
 import argparse
 import dataclasses
+import inspect
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
 import time
-import types
 import typing
 from collections import defaultdict
 from contextlib import contextmanager
@@ -47,21 +48,31 @@ from tqdm import tqdm
 
 import data
 import sample
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, read_config
 from vqgan import (Discriminator, Perceptual, ResnetBlock, VQGAN, VQGANConfig, adaptive_weight, discriminator_loss,
                    draw_far, generator_loss, kmeans, perturb, read_checkpoint, usage)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: one dataclass, turned into flags. None means: chosen by `resolve` from the data.
 
-RANGES = {(1, math.inf): """save_every eval_every log_every image_size vq_steps vq_batch vq_restart_every ch patch
-                            z_channels codes code_dim steps rows context accumulate hidden_size layers heads""",
+RANGES = {(1, math.inf): """passage save_every eval_every log_every image_size vq_steps vq_batch vq_restart_every ch
+                            patch z_channels codes code_dim steps rows context accumulate hidden_size layers heads""",
           (0, math.inf): """workers res_blocks words eval_n skip_nonfinite vq_lr vq_lr_adam lr lr_adam weight_decay clip
                             z_loss adversarial code_noise""",
           (0, 1): "vq_continuous adversarial_start warmup uncond",
           (0, len(data.PAIRS) - 1): "withheld",
           (0, 2 ** 31 - 1): "seed"}
 CHOICES = dict(train=("all", "embeddings"), optimizer=("muon", "adamw"), image_rows=("free", "codebook"))
+
+
+def parse_mix(text) -> dict[str, float]:
+    try:
+        mix = {task: float(weight) for task, weight in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        mix = {}
+    if not mix or set(mix) - set(data.TASKS) or min(mix.values()) < 0 or not 0 < sum(mix.values()) < math.inf:
+        raise ValueError(f"--mix {text}: expected something like t2i=6,i2t=2,vqa=3,text=1")
+    return mix
 
 
 @dataclass
@@ -71,6 +82,7 @@ class Config:
     withheld: int = data.WITHHELD       # pairs of color and shape that the built-in scenes never show in training
     data: str | None = None             # folder, .jsonl or .tar of pictures; none: built-in scenes
     text: str | None = None             # .txt or .jsonl of texts; none: built-in English (with the built-in scenes)
+    passage: int = 160                  # characters of the pieces that --text is cut into, each an example
     preset: str = "laptop"              # differences from these defaults, see PRESETS
     seed: int = 0
     device: str = "auto"                # cuda, mps or cpu; auto takes the first there is
@@ -90,7 +102,7 @@ class Config:
     image_size: int | None = None       # pixels of a side
     pad: bool = False                   # pad pictures to a square instead of cropping their centre
     vqgan: str | None = None            # take this tokenizer instead of training one
-    shards: str | None = None           # folder of codes, for runs with one tokenizer to share; none: OUT/codes
+    shards: str | None = None           # folder of codes, filled by one run, that others share; none: OUT/codes
     vq_steps: int | None = None
     vq_batch: int = 32
     vq_lr: float = 0.03                 # of Muon, for kernels
@@ -99,7 +111,7 @@ class Config:
     vq_restart_every: int = 50          # steps after which unused codes restart
     ch: int = 64
     ch_mult: tuple[int, ...] | None = None
-    res_blocks: int = 2
+    res_blocks: int | None = None       # residual blocks of a level
     patch: int | None = None
     z_channels: int = 64
     codes: int | None = None            # K
@@ -147,31 +159,27 @@ class Config:
 
 PRESETS = {
     "laptop": {},
-    "gpu": dict(image_size=256, patch=2, ch=128, ch_mult=(1, 1, 2, 4), z_channels=256, codes=4096, vq_steps=40_000,
-                adversarial=0.5, steps=50_000, rows=64, hidden_size=768, layers=12, heads=12, words=16_384,
-                compile=True),
-    "paper": dict(image_size=512, patch=1, ch=128, ch_mult=(1, 1, 2, 2, 4), z_channels=256, codes=8192, code_dim=256,
-                  l2_norm=False, vq_steps=200_000, adversarial=0.5, steps=100_000, rows=512, context=2048,
+    "gpu": dict(image_size=256, patch=2, ch=128, ch_mult=(1, 1, 2, 4), res_blocks=2, z_channels=256, codes=4096,
+                vq_steps=40_000, adversarial=0.5, steps=50_000, rows=64, hidden_size=768, layers=12, heads=12,
+                words=16_384, compile=True),
+    "paper": dict(image_size=512, patch=1, ch=128, ch_mult=(1, 1, 2, 2, 4), res_blocks=2, z_channels=256, codes=8192,
+                  code_dim=256, l2_norm=False, vq_steps=200_000, adversarial=0.5, steps=100_000, rows=512, context=2048,
                   words=32_768, hidden_size=1024, layers=24, heads=16, image_rows="free", code_noise=0.0, compile=True),
 }
 
 
-# The paper's fine-tuning, with --init:
-FINETUNE = dict(optimizer="adamw", lr_adam=2e-5, weight_decay=0.0, warmup=0.03, rows=16, context=2048,
+# The paper's fine-tuning: with --init these replace the preset's values, and flags replace both.
+FINETUNE = dict(optimizer="adamw", lr_adam=2e-5, weight_decay=0.0, warmup=0.03, rows=16, context=2048, passage=4000,
                 image_rows="free", code_noise=0.0)
 
 
-def kind_of(field):
-    """The type of a dataclass field without its `| None`."""
-    hint = typing.get_type_hints(Config)[field.name]
-    return typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
-
-
 def add_flags(parser):
-    """A flag for each field of Config; what the user leaves out stays out of the result."""
+    """A flag for each field of Config, explained by its comment; what the user leaves out stays out of the result."""
+    comments = dict(re.findall(r"^ +(\w+): .*  # (.*)", inspect.getsource(Config), re.MULTILINE))
     for f in dataclasses.fields(Config):
-        kind, known = kind_of(f), "from the data" if f.default is None else f.default
-        options = dict(default=argparse.SUPPRESS, help=f"default: {known}")
+        kind = (typing.get_args(f.type) or [f.type])[0]     # without its `| None`
+        known = "none, or chosen from the data" if f.default is None else f.default
+        options = dict(default=argparse.SUPPRESS, help=f"{comments.get(f.name, '')} (default: {known})".strip())
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif kind in (int, float, str):
@@ -181,37 +189,6 @@ def add_flags(parser):
         if f.name == "preset":
             options["choices"] = PRESETS
         parser.add_argument(f"--{f.name}", **options)
-
-
-def parse_mix(text) -> dict[str, float]:
-    try:
-        mix = {task: float(weight) for task, weight in (part.split("=") for part in text.split(","))}
-    except ValueError:
-        mix = {}
-    if not mix or set(mix) - set(data.TASKS) or min(mix.values()) < 0 or not 0 < sum(mix.values()) < math.inf:
-        raise ValueError(f"--mix {text}: expected something like t2i=6,i2t=2,vqa=3,text=1")
-    return mix
-
-
-def resolve(cfg, splits, vqgan=None) -> Config:
-    """Fill in what depends on the data: scenes are simple and get 16 codes each, other pictures 64 or more."""
-    scenic, pictures = cfg.data is None, len(splits["train"].pictures)
-    if vqgan:
-        c = vqgan.config
-        cfg = dataclasses.replace(cfg, patch=c.patch, ch_mult=c.ch_mult, codes=c.n_embed)
-    if scenic:
-        chosen = dict(patch=8, ch_mult=(1, 1), codes=512, words=1024, vq_steps=1000, steps=1150,
-                      code_noise=0.3, workers=0)
-    else:
-        chosen = dict(patch=4, ch_mult=(1, 2), codes=1024, words=4096, vq_steps=min(20_000, 600 + pictures // 4),
-                      steps=min(50_000, 600 + pictures // 2), code_noise=0.0, workers=min(4, os.cpu_count() or 1))
-    cfg = dataclasses.replace(cfg, **{k: v for k, v in chosen.items() if getattr(cfg, k) is None})
-    f = cfg.patch * 2 ** (len(cfg.ch_mult) - 1)
-    if cfg.image_size is None:
-        cfg.image_size = 64 if scenic else typical_size(splits["train"].pictures, f)
-    if cfg.context is None:
-        cfg.context = 2 ** math.ceil(math.log2(max(256, 2 * (cfg.image_size // f) ** 2)))
-    return cfg
 
 
 def typical_size(pictures, f, most=128):
@@ -224,7 +201,29 @@ def typical_size(pictures, f, most=128):
             except ValueError:
                 continue            # encode_pictures names and counts it
     side = sorted(sides)[len(sides) // 2] if sides else 64
-    return min(max(side, 64), most) // f * f
+    return max(f, min(max(side, 64), most) // f * f)
+
+
+def resolve(cfg, splits, vqgan=None) -> Config:
+    """Fill in what depends on the data: scenes are simple and get 16 codes each, other pictures 64 or more."""
+    scenic, pictures = cfg.data is None, len(splits["train"].pictures)
+    if vqgan:
+        c = vqgan.config
+        cfg = dataclasses.replace(cfg, patch=c.patch, ch_mult=c.ch_mult, res_blocks=c.num_res_blocks, codes=c.n_embed)
+    if scenic:
+        chosen = dict(patch=8, ch_mult=(1, 1), res_blocks=1, codes=512, words=1024, vq_steps=1000, steps=1150,
+                      code_noise=0.3, workers=0)
+    else:
+        chosen = dict(patch=4, ch_mult=(1, 2), res_blocks=2, codes=1024, words=4096,
+                      vq_steps=min(20_000, 600 + pictures // 4), steps=min(50_000, 600 + pictures // 2),
+                      code_noise=0.0, workers=min(4, os.cpu_count() or 1))
+    cfg = dataclasses.replace(cfg, **{k: v for k, v in chosen.items() if getattr(cfg, k) is None})
+    f = cfg.patch * 2 ** (len(cfg.ch_mult) - 1)
+    if cfg.image_size is None:
+        cfg.image_size = 64 if scenic else typical_size(splits["train"].pictures, f)
+    if cfg.context is None:
+        cfg.context = 2 ** math.ceil(math.log2(max(256, 2 * (cfg.image_size // f) ** 2)))
+    return cfg
 
 
 def check(cfg, splits, world):
@@ -232,24 +231,27 @@ def check(cfg, splits, world):
     def require(good, name, wanted):
         if not good:
             raise ValueError(f"--{name} {getattr(cfg, name)}: {wanted}")
-    f, mix, tasks = cfg.patch * 2 ** (len(cfg.ch_mult) - 1), parse_mix(cfg.mix), task_lists(splits["train"])
+    f, mix, tasks = cfg.patch * 2 ** (len(cfg.ch_mult) - 1), parse_mix(cfg.mix), splits["train"].tasks()
     codes, pictured = (cfg.image_size // f) ** 2, any(mix.get(task) for task in ("t2i", "i2t", "vqa"))
     require(cfg.ch % 32 == 0 or cfg.vqgan, "ch", "group norm needs a multiple of 32")
     require(cfg.image_size % f == 0, "image_size", f"a code is {f}x{f} pixels: choose a multiple of {f}")
     require(cfg.hidden_size % (2 * cfg.heads) == 0 or cfg.init, "hidden_size",
             f"choose a multiple of twice --heads {cfg.heads}")
-    require(cfg.vq_batch >= world, "vq_batch", f"each of {world} processes needs a picture")
+    require(cfg.vq_batch >= world or cfg.vqgan, "vq_batch", f"each of {world} processes needs a picture")
     require(cfg.rows % (world * cfg.accumulate) == 0, "rows",
             f"not a multiple of {world} processes times --accumulate {cfg.accumulate}")
     require(any(tasks[task] for task, weight in mix.items() if weight), "mix", "there are no examples of it")
     require(cfg.context > codes or not pictured, "context", f"a picture alone has {codes} codes")
-    require(cfg.vqgan or any(p.open for p in splits["train"].pictures), "data",
+    require(cfg.vqgan or all(p.open for split in splits.values() for p in split.pictures), "data",
             "codes without pictures need the --vqgan that made them")
     require(not cfg.data or not Path(cfg.out).resolve().is_relative_to(Path(cfg.data).resolve()), "out",
             f"lies in --data {cfg.data}, and what the run draws would become its data")
     require(not cfg.perceptual or Path(cfg.perceptual).is_file(), "perceptual", "no such file")
+    require(cfg.train == "all" or cfg.init and not cfg.weight_decay, "train",
+            "needs --init, and no --weight_decay, which would shrink the other rows")
     if cfg.init:
-        data.PretrainedTokenizer.load(fetch(cfg.init))
+        data.PretrainedTokenizer.load(data.fetch(cfg.init))
+        read_config(data.fetch(cfg.init))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,6 +279,15 @@ class Stop:
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    @contextmanager
+    def at_the_end_of_a_step(self):
+        """Within it, wait for the loop to read `asked`; at its end, stop if that came after the loop's last look."""
+        self.waits = True
+        yield
+        self.waits = False
+        if self.asked:
+            raise Stopped(self.asked)
 
     def note(self, number, frame):
         again, self.asked = self.asked, number
@@ -307,7 +318,7 @@ class Process:
         return tensor
 
     def agree(self, tensor):
-        """In place, what the first process has: GPUs add in no fixed order."""
+        """In place, what the first process has: sums in no fixed order would let copies of a codebook drift apart."""
         if self.world > 1:
             dist.broadcast(tensor, 0)
         return tensor
@@ -371,8 +382,8 @@ class Log:
 
 class Guard:
     """Decides, alike on all processes, whether a step may be taken: its losses and its gradient have to be finite."""
-    def __init__(self, cfg, act, path, log, skipped):
-        self.allowed, self.act, self.path, self.log, self.skipped = cfg.skip_nonfinite, act, path, log, skipped
+    def __init__(self, cfg, act, path, log):
+        self.allowed, self.act, self.path, self.log, self.skipped = cfg.skip_nonfinite, act, path, log, 0
 
     def passes(self, step, values) -> bool:
         wrong = [name for name, value in values.items() if not math.isfinite(value)]
@@ -471,7 +482,7 @@ def load_optimizers(optimizers, states):
 def schedule(step, steps, warmup, decay=1.0):
     """Factor of the learning rate: up over the share `warmup`, then 1, then a cosine to 0 over the share `decay`."""
     rise = min(1.0, (step + 1) / max(1, warmup * steps))
-    past = max(0.0, (step / steps - (1 - decay)) / decay) if decay else 0.0
+    past = max(0.0, (step / steps - (1 - decay)) / decay)
     return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, past)))
 
 
@@ -484,11 +495,17 @@ def orthogonalize(g, steps=5):
     x = g / (g.norm(dim=(1, 2), keepdim=True) + 1e-7)
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
-    gram, one = x @ x.mT, torch.eye(min(x.shape[1:]), device=x.device)
-    product = one
-    for _ in range(steps):
-        factor = 3.4445 * one + torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        gram, product = factor @ gram @ factor, factor @ product
+    one = torch.eye(x.shape[1], device=x.device)
+
+    def polynomial(gram):
+        return 3.4445 * one + torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+
+    gram = x @ x.mT
+    product = factor = polynomial(gram)
+    for _ in range(steps - 1):
+        gram = factor @ gram @ factor
+        factor = polynomial(gram)
+        product = factor @ product
     x = product @ x
     return x.mT if tall else x
 
@@ -510,8 +527,9 @@ class Muon(torch.optim.Optimizer):
                     updates[update.shape][p] = update
             for (rows, columns), alike in updates.items():
                 for p, update in zip(alike, orthogonalize(torch.stack(list(alike.values())))):
+                    size = max(1, rows / columns) ** 0.5        # a tall matrix has more outputs to move (Jordan et al.)
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(shard_like(p, update.reshape(p.shape)), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+                    p.add_(shard_like(p, update.reshape(p.shape)), alpha=-group["lr"] * size)
 
 
 def make_optimizers(matrices, parameters, lr, lr_adam, weight_decay=0.0, betas=(0.9, 0.95)):
@@ -565,12 +583,16 @@ def leave_signals(_):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def pixel_batches(cfg, pictures, indices):
+def pixel_batches(cfg, pictures, indices, spares=0):
     """Lists of indices -> (pixels (B, 3, H, W) in [-1, 1] or None; for each index None or an error), by workers."""
-    loader = torch.utils.data.DataLoader(data.Pixels(pictures, cfg.image_size, cfg.pad), batch_sampler=indices,
+    loader = torch.utils.data.DataLoader(data.Pixels(pictures, cfg.image_size, cfg.pad, spares), batch_sampler=indices,
                                          num_workers=cfg.workers, collate_fn=collate, worker_init_fn=leave_signals)
     for pixels, errors in loader:
         yield pixels if pixels is None else pixels.float() / 127.5 - 1, errors
+
+
+def seeded(cfg, step):
+    return torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
 
 
 def random_indices(cfg, count, start, process):
@@ -578,10 +600,6 @@ def random_indices(cfg, count, start, process):
     for step in range(start, cfg.vq_steps):
         chosen = torch.randint(count, (cfg.vq_batch,), generator=seeded(cfg, step))
         yield chosen[process.rank::process.world].tolist()
-
-
-def seeded(cfg, step):
-    return torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
 
 
 def gathered(process, x):
@@ -643,7 +661,7 @@ def save_reconstructions(cfg, vqgan, splits, process):
 
 
 def tokenizer_loss(cfg, model, out, pixels, perceptual, adversary):
-    """Errors of the pixels, what the quantizer adds and, if there are such, what VGG16 and the discriminator see."""
+    """Errors of the pixels, what the quantizer adds and, if they are there, what VGG16 and the adversary see."""
     error = out.pixels - pixels
     reconstruction = error.abs().mean() + error.square().mean()
     if perceptual:
@@ -653,6 +671,20 @@ def tokenizer_loss(cfg, model, out, pixels, perceptual, adversary):
         g_loss = generator_loss(adversary, out.pixels)
         loss = loss + cfg.adversarial * adaptive_weight(reconstruction, g_loss, model.decoder.conv_out.weight) * g_loss
     return loss
+
+
+def learn_pictures(cfg, model, pixels, quantize, perceptual, adversary, process):
+    """Add a batch's gradients -> output, loss, this process's share of the pictures, norm of the gradients."""
+    share = len(pixels) / process.sum(torch.tensor(float(len(pixels)), device=process.device))
+    out, learning = model(pixels, quantize), list(model.parameters())
+    loss = tokenizer_loss(cfg, model, out, pixels, perceptual, adversary)
+    (loss * share).backward()
+    if adversary:
+        adversary.zero_grad(set_to_none=True)       # what the generator's loss left there
+        (discriminator_loss(adversary, pixels, out.pixels) * share).backward()
+        learning += adversary.parameters()
+    process.sum_gradients(learning)
+    return out, loss.detach(), share, nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None])
 
 
 def train_tokenizer(cfg, splits, process, log):
@@ -674,9 +706,10 @@ def train_tokenizer(cfg, splits, process, log):
     counts, start = torch.zeros(cfg.codes, dtype=torch.long, device=process.device), 0
 
     # Where it was interrupted:
-    guard = Guard(cfg, 1, path, log, 0)
+    guard, networks = Guard(cfg, 1, path, log), {"model": model}
+    if discriminator:
+        networks["discriminator"] = discriminator
     if saved := resumed(cfg, path, "nanoLiquid tokenizer 1"):
-        networks = {"model": model} | ({"discriminator": discriminator} if discriminator else {})
         restore(saved, path, networks, optimizers + d_optimizers)
         start, counts, guard.skipped = saved["step"], saved["counts"].to(process.device), saved["skipped"]
     log.rewind(1, start)
@@ -686,59 +719,49 @@ def train_tokenizer(cfg, splits, process, log):
     def save(step):
         if process.first:
             data.save_atomically(dict(
-                format="nanoLiquid tokenizer 1", model=model.state_dict(), config=asdict(model.config), step=step,
-                counts=counts, skipped=guard.skipped, train_config=asdict(cfg), random_state=torch.get_rng_state(),
-                discriminator=discriminator.state_dict() if discriminator else None,
-                optimizer=[o.state_dict() for o in optimizers + d_optimizers]), path)
+                format="nanoLiquid tokenizer 1", **{key: network.state_dict() for key, network in networks.items()},
+                optimizer=[o.state_dict() for o in optimizers + d_optimizers], step=step, skipped=guard.skipped,
+                config=asdict(model.config), train_config=asdict(cfg), counts=counts,
+                random_state=torch.get_rng_state()), path)
 
     # The loop:
     if cfg.compile:
         for block in model.modules():
             if isinstance(block, ResnetBlock):
                 block.compile()
-    quantize_from = int(cfg.vq_continuous * cfg.vq_steps)
+    quantize_from = min(int(cfg.vq_continuous * cfg.vq_steps), cfg.vq_steps - 1)
     bar = tqdm(range(start, cfg.vq_steps), "1 tokenizer", initial=start, total=cfg.vq_steps, disable=not process.first)
-    batches = pixel_batches(cfg, pictures, random_indices(cfg, len(pictures), start, process))
+    batches = pixel_batches(cfg, pictures, random_indices(cfg, len(pictures), start, process), spares=8)
     for step, (pixels, errors) in zip(bar, batches):
         if pixels is None:
-            raise ValueError(f"no picture of a whole batch could be read; the first: {errors[0]}")
-        pixels = pixels.to(process.device)
-        share = len(pixels) / process.sum(torch.tensor(float(len(pixels)), device=process.device))
+            raise ValueError(f"no picture of a whole batch, nor any behind them, could be read; the first: {errors[0]}")
+        done, pixels = step + 1, pixels.to(process.device)
         set_rate(optimizers, schedule(step, cfg.vq_steps, 0.03, decay=0.6))
         if step == quantize_from:
             start_codebook(cfg, model, pictures, process)
-        out = model(pixels, quantize=step >= quantize_from)
         adversary = discriminator if step >= cfg.adversarial_start * cfg.vq_steps else None
-        loss = tokenizer_loss(cfg, model, out, pixels, perceptual, adversary)
-        (loss * share).backward()
-        process.sum_gradients(model.parameters())
-        learning = list(model.parameters())
-        if adversary:
-            adversary.zero_grad(set_to_none=True)       # what the generator's loss left there
-            (discriminator_loss(adversary, pixels, out.pixels) * share).backward()
-            process.sum_gradients(adversary.parameters())
-            learning += adversary.parameters()
-        norm = nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None])
-        total, asked = process.sum(torch.stack([loss.detach() * share, loss.new_tensor(process.stop.asked)])).tolist()
-        sound = guard.passes(step + 1, {"the loss of the tokenizer": total, "the gradient": norm.item()})
+        quantize = step >= quantize_from
+        out, loss, share, norm = learn_pictures(cfg, model, pixels, quantize, perceptual, adversary, process)
+        total, asked = process.sum(torch.stack([loss * share, loss.new_tensor(process.stop.asked)])).tolist()
+        sound = guard.passes(done, {"the loss of the tokenizer": total, "the gradient": norm.item()})
         step_all(optimizers + d_optimizers, sound)
-        if sound and step >= quantize_from:
+        if sound and quantize:
             counts += process.sum(out.codes.flatten().bincount(minlength=cfg.codes))
-            if step % cfg.vq_restart_every == cfg.vq_restart_every - 1:
+            if done % cfg.vq_restart_every == 0:
                 report_usage(cfg, counts, step, process, log)
                 if step < RESTARTS * cfg.vq_steps:
                     restart_codes(cfg, model, pixels, counts, step, process)
                 counts.zero_()
-        if sound and step % cfg.log_every == cfg.log_every - 1:
+        if sound and done % cfg.log_every == 0:
             psnr = -10 * math.log10(process.sum(F.mse_loss(out.pixels.detach(), pixels) * share).item() / 4 + 1e-10)
-            log.write(1, step + 1, loss=total, psnr=psnr)
+            log.write(1, done, loss=total, psnr=psnr)
             bar.set_postfix_str(f"loss {total:.3f} psnr {psnr:.1f} dB")
-        if step % cfg.save_every == cfg.save_every - 1 or step + 1 == cfg.vq_steps or asked:
-            save(step + 1)
-        if step % cfg.eval_every == cfg.eval_every - 1:
+        if done % cfg.save_every == 0 or done == cfg.vq_steps or asked:
+            save(done)
+        if done % cfg.eval_every == 0:
             save_reconstructions(cfg, model, splits, process)
         if asked:
-            raise Stopped(process.stop.asked, f"stopped after step {step + 1} of the tokenizer, which {path} holds")
+            raise Stopped(process.stop.asked, f"stopped after step {done} of the tokenizer, which {path} holds")
     return model.eval()
 
 
@@ -746,6 +769,32 @@ def train_tokenizer(cfg, splits, process, log):
 # Act 2: the codes
 
 SHARD = 4096    # pictures of a file
+
+
+def holds(path, pictures, fingerprint):
+    """Does a shard account for exactly these pictures, and for all that is said about them?"""
+    def content(pictures):
+        return sorted((p.name, p.captions, p.talks) for p in pictures)
+    encoded, skipped = data.read_shard(path, fingerprint) or ([], {})
+    rest = [p for p in pictures if p.name not in skipped]
+    return content(encoded) == content(rest) and skipped.keys() <= {p.name for p in pictures}
+
+
+def encode_shard(cfg, vqgan, pictures, path, fingerprint, device):
+    skipped, done = {}, [p for p in pictures if p.codes is not None]
+    side = cfg.image_size // vqgan.config.f
+    for p in done:
+        if p.codes.shape != (side, side) or p.codes.max() >= vqgan.config.n_embed:
+            shape, most = "x".join(map(str, p.codes.shape)), vqgan.config.n_embed - 1
+            raise ValueError(f"{p.name}: {shape} codes up to {p.codes.max()} are not of this VQGAN, which makes "
+                             f"{side}x{side} up to {most} of --image_size {cfg.image_size}")
+    todo = [p for p in pictures if p.codes is None]
+    parts = sample.batches(range(len(todo)), cfg.vq_batch)
+    for part, (pixels, errors) in zip(parts, pixel_batches(cfg, todo, parts)):
+        codes = iter(() if pixels is None else vqgan.encode(pixels.to(device)).cpu())
+        done += [dataclasses.replace(todo[i], codes=next(codes)) for i, error in zip(part, errors) if error is None]
+        skipped |= {todo[i].name: error for i, error in zip(part, errors) if error}
+    data.write_shard(path, done, fingerprint, skipped)
 
 
 def encode_pictures(cfg, vqgan, splits, process, log) -> dict[str, data.Split]:
@@ -777,77 +826,31 @@ def encode_pictures(cfg, vqgan, splits, process, log) -> dict[str, data.Split]:
     return encoded
 
 
-def holds(path, pictures, fingerprint):
-    """Does a shard account for exactly these pictures, and for all that is said about them?"""
-    def content(pictures):
-        return sorted((p.name, p.captions, p.talks) for p in pictures)
-    encoded, skipped = data.read_shard(path, fingerprint) or ([], {})
-    return bool(encoded or skipped) and (content(encoded), skipped.keys()) == (
-        content(p for p in pictures if p.name not in skipped), skipped.keys() & {p.name for p in pictures})
-
-
-def encode_shard(cfg, vqgan, pictures, path, fingerprint, device):
-    skipped, done = {}, [p for p in pictures if p.codes is not None]
-    side = cfg.image_size // vqgan.config.f
-    for p in done:
-        if p.codes.shape != (side, side) or p.codes.max() >= vqgan.config.n_embed:
-            shape, most = "x".join(map(str, p.codes.shape)), vqgan.config.n_embed - 1
-            raise ValueError(f"{p.name}: {shape} codes up to {p.codes.max()} are not of this VQGAN, which makes "
-                             f"{side}x{side} up to {most} of --image_size {cfg.image_size}")
-    todo = [p for p in pictures if p.codes is None]
-    parts = sample.batches(range(len(todo)), 64)
-    for part, (pixels, errors) in zip(parts, pixel_batches(cfg, todo, parts)):
-        codes = iter(() if pixels is None else vqgan.encode(pixels.to(device)).cpu())
-        done += [dataclasses.replace(todo[i], codes=next(codes)) for i, error in zip(part, errors) if error is None]
-        skipped |= {todo[i].name: error for i, error in zip(part, errors) if error}
-    data.write_shard(path, done, fingerprint, skipped)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Act 3: the transformer
 
-def task_lists(split) -> dict[str, list]:
-    captioned = [p for p in split.pictures if p.captions]
-    return {"t2i": captioned, "i2t": captioned, "vqa": [p for p in split.pictures if p.talks], "text": split.texts}
-
-
 def learn_words(cfg, train) -> data.WordTokenizer:
-    """A text tokenizer from all words of the training split and of the templates."""
-    pictures = train.pictures
-    talks = [f" {words}" for p in pictures for talk in p.talks for pair in talk for words in pair]
+    """A text tokenizer from all words of the training split and of the templates, as they stand in there."""
+    pictures, chat = train.pictures, data.WordTokenizer.chat
+    talks = [words for p in pictures for talk in p.talks for q, a in talk for words in (q, chat.lead + a)]
     captions = [caption for p in pictures for caption in p.captions]
-    fixed = [data.DRAW, data.CAPTION, *data.WordTokenizer.chat] * 3
+    fixed = [data.DRAW, data.CAPTION, *chat] * 3
     return data.WordTokenizer.learn([*train.texts, *captions, *talks, *fixed], cfg.words)
-
-
-def fetch(name) -> Path:
-    """A folder, or the name of a repository on the hub, which is downloaded."""
-    if Path(name).exists() or name.count("/") != 1:
-        return Path(name)
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ValueError(f'--init {name}: no such folder, and for the hub: pip install -e ".[pretrained]"') from None
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
-    except Exception as error:      # the package raises its own and its transport's
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--init {name}: no such folder, and the hub did not give it ({reason})") from None
 
 
 def text_side(cfg, train, vqgan):
     """-> text tokenizer, vocabulary: learned from the data, or those of the model to start from."""
     codes = vqgan.config.n_embed
     if cfg.init:
-        tokenizer = data.PretrainedTokenizer.load(fetch(cfg.init))
-        return tokenizer, tokenizer.vocab(codes, json.loads(data.read_utf8(fetch(cfg.init) / "config.json")))
+        tokenizer = data.PretrainedTokenizer.load(data.fetch(cfg.init))
+        return tokenizer, tokenizer.vocab(codes, json.loads(data.read_utf8(data.fetch(cfg.init) / "config.json")))
     tokenizer = learn_words(cfg, train)
     return tokenizer, tokenizer.vocab(codes)
 
 
 def build_model(cfg, vocab, vqgan) -> Transformer:
     if cfg.init:
-        model = Transformer.from_pretrained(fetch(cfg.init))
+        model = Transformer.from_pretrained(data.fetch(cfg.init))
         old = model.config.vocab_size
         model.extend_vocab(vocab.size - old, seeded(cfg, 0))
         if cfg.train == "embeddings":
@@ -864,17 +867,29 @@ def build_model(cfg, vocab, vqgan) -> Transformer:
     return model
 
 
-def validate(model, tasks, vocab, tokenizer, cfg, process, most=96) -> dict[str, float]:
+def validate(cfg, run, tasks, process, most=96) -> dict[str, float]:
     """Mean loss a target of each task, on the same held-out examples every time, shared out among the processes."""
     result = {}
     for task, items in tasks.items():
         if items:
-            loader = data.Loader({task: items}, {task: 1}, vocab, tokenizer, 1, cfg.context, uncond=0.0)
+            loader = data.Loader({task: items}, {task: 1}, run.vocab, run.tokenizer, 1, cfg.context, uncond=0.0)
             examples = [loader.render(task, 0, i) for i in range(min(most, len(items)))][process.rank::process.world]
-            sums, counts = sample.losses(model, [e for e in examples if len(e[0]) <= cfg.context])
+            sums, counts = sample.losses(run.model, [e for e in examples if len(e[0]) <= cfg.context])
             total, count = process.sum(torch.tensor([sums.sum(), counts.sum()], device=process.device)).tolist()
-            result[task] = total / max(1.0, count)
+            if count:
+                result[task] = total / count
     return result
+
+
+def evaluate(cfg, run, held_out, step, process, log):
+    """Held-out losses to the log, and drawings of held-out captions to RUN/samples."""
+    losses = validate(cfg, run, held_out, process)
+    log.write(3, step, **{f"val_{task}": loss for task, loss in losses.items()})
+    process.print(f"step {step}: held-out loss " + ", ".join(f"{task} {loss:.3f}" for task, loss in losses.items()))
+    captions = [p.captions[0] for p in held_out["t2i"][:16]
+                if len(data.render_t2i(run.vocab, run.tokenizer, p.captions[0], p.codes)[0]) <= cfg.context]
+    if process.first and captions:
+        data.grid(sample.text_to_image(run, captions), 8).save(Path(cfg.out) / "samples" / f"drawn-{step:06d}.png")
 
 
 @lru_cache
@@ -903,9 +918,9 @@ class Meter:
 
     def count(self, batch, waited):
         """A batch of this process, and the seconds that it was late."""
-        real, targets = batch.documents >= 0, (batch.targets != data.IGNORE).sum().item()
+        real, learned = batch.documents >= 0, (batch.targets != data.IGNORE).sum().item()
         tokens, keys = real.sum().item(), (batch.positions[real] + 1).sum().item()
-        self.flops += 6 * (self.block * tokens + self.head * targets + self.key * keys)
+        self.flops += 6 * (self.block * tokens + self.head * learned + self.key * keys)
         self.waited, self.tokens, self.slots = self.waited + waited, self.tokens + tokens, self.slots + real.numel()
 
     def read(self) -> dict[str, float]:
@@ -917,17 +932,17 @@ class Meter:
 def learn(cfg, wide, batch, process):
     """Add a batch's gradients, in --accumulate parts -> this process's sums of losses and targets (2, tasks)."""
     by_task = torch.zeros(2, len(data.TASKS), device=process.device)
-    # A drawing has many targets and a caption few: the sum over all is divided once, by the number of all, everywhere.
-    targets = process.sum((batch.targets != data.IGNORE).sum())
+    # Divide by the targets of the whole batch on all processes: in a mean of means, a caption's 20 would weigh as much
+    # as a drawing's 1024.
+    count = process.sum((batch.targets != data.IGNORE).sum())
     parts = zip(*(x.chunk(cfg.accumulate) for x in batch))
-    for part, (ids, wanted, positions, documents, kinds) in enumerate(parts, 1):
-        wide.require_backward_grad_sync = part == cfg.accumulate        # what DDP's no_sync sets
+    for part, (ids, targets, positions, documents, kinds) in enumerate(parts, 1):
+        wide.require_backward_grad_sync = part == cfg.accumulate        # what DDP's no_sync sets; others do not look
         with process.autocast():
-            nll = wide(ids, wanted, positions, documents, z_loss=cfg.z_loss)
-        (nll.sum() * process.world / targets).backward()                # averaged over the processes: a sum
-        learned = wanted != data.IGNORE
-        by_task[0].index_add_(0, kinds[learned], nll.detach()[learned])
-        by_task[1].index_add_(0, kinds[learned], torch.ones_like(nll[learned]))
+            nll = wide(ids, targets, positions, documents, z_loss=cfg.z_loss)
+        (nll.sum() * process.world / count).backward()                  # averaged over the processes: a sum
+        learned = targets != data.IGNORE
+        by_task.index_add_(1, kinds[learned], torch.stack([nll.detach(), learned.float()])[:, learned])
     return by_task
 
 
@@ -950,16 +965,18 @@ def train_transformer(cfg, splits, vqgan, process, log):
     matrices = [p for name, p in model.model.named_parameters()
                 if p.ndim == 2 and name != "embed_tokens.weight" and cfg.optimizer == "muon"]
     optimizers = make_optimizers(matrices, model.parameters(), cfg.lr, cfg.lr_adam, cfg.weight_decay)
-    start, position, guard = 0, None, Guard(cfg, 3, path, log, 0)
+    start, position, guard = 0, None, Guard(cfg, 3, path, log)
     if saved:
         restore(saved, path, {}, optimizers)
         start, position, guard.skipped = saved["step"], saved["data"], saved["skipped"]
+    del saved       # weights and optimizer states, which are in their places now
     log.rewind(3, start)
     process.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {vocab.image_start} rows for "
                   f"text, {vocab.image_size} for codes, {grid[0]}x{grid[1]} codes a picture")
 
     # The data:
-    tasks, held_out = task_lists(splits["train"]), task_lists(splits["val"])
+    tasks, held_out = splits["train"].tasks(), splits["val"].tasks()
+    run = sample.Run(model, vqgan, vocab, tokenizer, grid, cfg.pad, asdict(cfg))
     perturbed = partial(perturb, vqgan.quantize.codebook().detach().cpu(), cfg.code_noise) if cfg.code_noise else None
     loader = data.Loader(tasks, parse_mix(cfg.mix), vocab, tokenizer, cfg.rows, cfg.context, cfg.seed, process.rank,
                          process.world, position, cfg.uncond, perturbed)
@@ -972,48 +989,40 @@ def train_transformer(cfg, splits, vqgan, process, log):
                 config=asdict(cfg), model_config=asdict(model.config), vocab=asdict(vocab), tokenizer=tokenizer.state(),
                 data=position, random_state=torch.get_rng_state(), fingerprint=vqgan.fingerprint(), grid=grid), path)
 
-    def evaluate(model, step):
-        losses = validate(model, held_out, vocab, tokenizer, cfg, process)
-        log.write(3, step, **{f"val_{task}": loss for task, loss in losses.items()})
-        process.print(f"step {step}: held-out loss " + ", ".join(f"{task} {loss:.3f}" for task, loss in losses.items()))
-        if process.first and held_out["t2i"]:
-            run = sample.Run(model, vqgan, vocab, tokenizer, grid, cfg.pad, asdict(cfg))
-            images = sample.text_to_image(run, [p.captions[0] for p in held_out["t2i"][:16]])
-            data.grid(images, 8).save(Path(cfg.out) / "samples" / f"drawn-{step:06d}.png")
-
     # The loop:
     batches, recent, overall = data.ahead(iter(loader)), Meter(model, process), Meter(model, process)
     bar = tqdm(range(start, cfg.steps), "3 transformer", initial=start, total=cfg.steps, disable=not process.first)
     for step in bar:
-        asked = time.perf_counter()
+        done, began = step + 1, time.perf_counter()
         batch, position = next(batches)
         for meter in (recent, overall):
-            meter.count(batch, time.perf_counter() - asked)
+            meter.count(batch, time.perf_counter() - began)
         batch = batch.to(process.device)
+        # Muon holds its rate for a while; AdamW falls from the start, as in the paper.
         set_rate(optimizers, schedule(step, cfg.steps, cfg.warmup, decay=0.7 if cfg.optimizer == "muon" else 1.0))
         by_task = learn(cfg, wide, batch, process)
-        norm = full(nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)).item()
+        norm = full(nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)).item()
         sums, counts, asked = process.sum(F.pad(by_task, (0, 0, 0, 1), value=process.stop.asked)).tolist()
         losses = {f"the loss of {task}": total for task, total in zip(data.TASKS, sums)}
-        sound = guard.passes(step + 1, losses | {"the gradient": norm})
+        sound = guard.passes(done, losses | {"the gradient": norm})
         step_all(optimizers, sound)
-        if sound and step % cfg.log_every == cfg.log_every - 1:
+        if sound and done % cfg.log_every == 0:
             speed, recent = recent.read(), Meter(model, process)
             each = {task: s / c for task, s, c in zip(data.TASKS, sums, counts) if c}
-            log.write(3, step + 1, loss=sum(sums) / sum(counts), norm=norm, **each, **speed)
+            log.write(3, done, loss=sum(sums) / sum(counts), norm=norm, dropped=position["dropped"], **each, **speed)
             bar.set_postfix_str(f"loss {sum(sums) / sum(counts):.3f}, {speed['tokens_per_s'] / 1000:.1f}k tokens/s")
-        last = step + 1 == cfg.steps
-        if step % cfg.eval_every == cfg.eval_every - 1 or last:
+        if done % cfg.eval_every == 0 or done == cfg.steps:
             paused = time.perf_counter()
-            with gathered_weights(model), process.autocast(cfg.shard):     # weights cut up are gathered in bf16
-                evaluate(model.eval(), step + 1)
+            model.eval()
+            with gathered_weights(model), process.autocast(model is wide and process.world > 1):    # gathered in bf16
+                evaluate(cfg, run, held_out, done, process, log)
             model.train()
             for meter in (recent, overall):
                 meter.since += time.perf_counter() - paused
-        if step % cfg.save_every == cfg.save_every - 1 or last or any(asked):
-            save(step + 1, position)
+        if done % cfg.save_every == 0 or done == cfg.steps or any(asked):
+            save(done, position)
         if any(asked):
-            raise Stopped(process.stop.asked, f"stopped after step {step + 1} of the transformer, which {path} holds")
+            raise Stopped(process.stop.asked, f"stopped after step {done} of the transformer, which {path} holds")
     if start < cfg.steps:
         process.print("{tokens_per_s:.0f} tokens/s, MFU {mfu:.1%}, waiting for data {waiting:.2%} of the time, "
                       "padding {padding:.1%} of the positions".format(**overall.read()))
@@ -1036,30 +1045,29 @@ def train(cfg: Config, stop=None):
     """All three acts, then the scores -> the scores, or None on all processes but the first."""
     started, process, out = time.time(), set_up(cfg), Path(cfg.out)
     process.stop = stop or process.stop
-    splits = data.load_source(cfg.data, cfg.text, cfg.image_size or 64, cfg.withheld)
+    splits = data.load_source(cfg.data, cfg.text, cfg.image_size or 64, cfg.withheld, cfg.passage)
     ready = VQGAN.load(cfg.vqgan, process.device) if cfg.vqgan else None
     cfg = resolve(cfg, splits, ready)
     check(cfg, splits, process.world)
+    process.wait()                  # all have looked for a run that is there already; from here on, there is one
     if process.first:
         if cfg.overwrite and not cfg.resume:
             delete_run(out)
         (out / "samples").mkdir(parents=True, exist_ok=True)
         data.write_atomically(out / "config.json", lambda file: file.write(json.dumps(asdict(cfg), indent=1).encode()))
+        if ready:
+            data.save_atomically(dict(config=asdict(ready.config), model=ready.state_dict()), out / "vqgan.pt")
     log = Log(out / "log.jsonl", process)
     process.wait()
 
-    if ready and process.first:
-        data.save_atomically(dict(config=asdict(ready.config), model=ready.state_dict()), out / "vqgan.pt")
-    process.stop.waits = True       # for the end of a step; encoding may stop anywhere: a shard is whole or not there
-    vqgan = ready or train_tokenizer(cfg, splits, process, log)
-    process.stop.waits = False
+    with process.stop.at_the_end_of_a_step():       # encoding may stop anywhere: a shard is whole or not there
+        vqgan = ready or train_tokenizer(cfg, splits, process, log)
     save_reconstructions(cfg, vqgan, splits, process)
     acted = time.time()
     encoded = encode_pictures(cfg, vqgan, splits, process, log)
     process.print(f"the tokenizer took {acted - started:.0f} s, the codes {time.time() - acted:.0f} s")
-    process.stop.waits = True
-    train_transformer(cfg, encoded, vqgan, process, log)
-    process.stop.waits = False
+    with process.stop.at_the_end_of_a_step():
+        train_transformer(cfg, encoded, vqgan, process, log)
 
     scores = None
     if process.first and cfg.eval_n:
@@ -1071,6 +1079,22 @@ def train(cfg: Config, stop=None):
         sample.print_scores(scores)
     process.wait()
     return scores
+
+
+FREE = ("out", "shards", "resume", "overwrite", "device", "workers", "compile", "checkpointing", "shard", "save_every",
+        "eval_every", "log_every", "eval_n", "skip_nonfinite", "mix")       # flags that --resume may change
+
+
+def stored_config(path, given) -> Config:
+    try:
+        stored = json.loads(data.read_utf8(path))
+        cfg = Config(**{**stored, "ch_mult": tuple(stored["ch_mult"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: not the configuration of a run ({error})") from None
+    clash = [f"--{k}" for k, v in given.items() if k not in FREE and getattr(cfg, k) != v]
+    if clash:
+        raise ValueError(f"--resume: {', '.join(clash)} differ from the run in {path.parent} (see its config.json)")
+    return dataclasses.replace(cfg, **{**given, "overwrite": False})
 
 
 def configure(argv=None) -> Config:
@@ -1089,22 +1113,6 @@ def configure(argv=None) -> Config:
     if given.get("resume") and (out / "config.json").exists():
         return stored_config(out / "config.json", given)
     return Config(**{**PRESETS[given.get("preset", "laptop")], **(FINETUNE if given.get("init") else {}), **given})
-
-
-FREE = ("out", "shards", "resume", "overwrite", "device", "workers", "compile", "checkpointing", "shard", "save_every",
-        "eval_every", "log_every", "eval_n", "skip_nonfinite")       # flags that --resume may change
-
-
-def stored_config(path, given) -> Config:
-    try:
-        stored = json.loads(data.read_utf8(path))
-        cfg = Config(**{**stored, "ch_mult": tuple(stored["ch_mult"])})
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: not the configuration of a run ({error})") from None
-    clash = [f"--{k}" for k, v in given.items() if k not in FREE and getattr(cfg, k) != v]
-    if clash:
-        raise ValueError(f"--resume: {', '.join(clash)} differ from the run in {path.parent} (see its config.json)")
-    return dataclasses.replace(cfg, **{**given, "overwrite": False})
 
 
 def main(argv=None):

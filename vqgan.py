@@ -106,22 +106,18 @@ class Upsample(nn.Module):
 
 class Level(nn.Module):
     """Residual blocks at one resolution, each with attention behind it if asked for, then a change of resolution."""
-    def __init__(self, c_in, c_out, blocks, attention, **resample):
+    def __init__(self, c_in, c_out, blocks, attention, downsample=None, upsample=None):
         super().__init__()
         self.block = nn.ModuleList(ResnetBlock(c_out if i else c_in, c_out) for i in range(blocks))
         self.attn = nn.ModuleList(AttnBlock(c_out) for _ in range(blocks if attention else 0))
-        for name, layer in resample.items():                        # downsample, upsample or nothing
-            self.add_module(name, layer)
-        self.resample = tuple(resample)
+        self.downsample, self.upsample = downsample or nn.Identity(), upsample or nn.Identity()
 
     def forward(self, x):
         for i, block in enumerate(self.block):
             x = block(x)
             if self.attn:
                 x = self.attn[i](x)
-        for name in self.resample:
-            x = getattr(self, name)(x)
-        return x
+        return self.upsample(self.downsample(x))
 
 
 class Middle(nn.Module):
@@ -144,7 +140,7 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3 * config.patch ** 2, config.ch, 3, padding=1)
         self.down = nn.ModuleList(
             Level(widths[i - 1] if i else config.ch, c, config.num_res_blocks, i in config.attn_levels,
-                  **({"downsample": Downsample(c)} if i < last else {}))
+                  downsample=Downsample(c) if i < last else None)
             for i, c in enumerate(widths))
         self.mid = Middle(widths[-1])
         self.norm_out = norm(widths[-1])
@@ -167,7 +163,7 @@ class Decoder(nn.Module):
         self.mid = Middle(widths[-1])
         self.up = nn.ModuleList(                                    # taming numbers the levels as in the encoder
             Level(widths[min(i + 1, last)], c, config.num_res_blocks + 1, i in config.attn_levels,
-                  **({"upsample": Upsample(c)} if i > 0 else {}))
+                  upsample=Upsample(c) if i > 0 else None)
             for i, c in enumerate(widths))
         self.norm_out = norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3 * config.patch ** 2, 3, padding=1)
@@ -185,7 +181,8 @@ class Decoder(nn.Module):
 
 def nearest(vectors, centres):
     """(N, e), (k, e) -> (N,) centres with the least squared distance; |v|^2, the same for all, is left out."""
-    return torch.addmm(centres.pow(2).sum(1), vectors, centres.T, alpha=-2).argmin(1)
+    norms = centres.pow(2).sum(1)
+    return torch.cat([torch.addmm(norms, part, centres.T, alpha=-2).argmin(1) for part in vectors.split(2 ** 16)])
 
 
 class Quantizer(nn.Module):
@@ -200,6 +197,7 @@ class Quantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1.0 / config.n_embed, 1.0 / config.n_embed)
 
     def place(self, x, dim=1):
+        """With l2_norm the point on the unit sphere, else x as it is."""
         return F.normalize(x, dim=dim) if self.l2_norm else x
 
     def codebook(self):
@@ -283,12 +281,12 @@ class Inert:
     """Stands in for the class of PyTorch Lightning that is a dictionary key in taming's .ckpt files."""
 
 
-def read_checkpoint(path) -> dict:
+def read_checkpoint(path, mmap=False) -> dict:
     """The dict that torch.save wrote to a file; ValueError, naming the file, for all else. No code in it is run."""
     lightning = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
     try:
         with torch.serialization.safe_globals([(Inert, lightning)]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except Exception as error:          # torch raises whatever its unpickler or zip reader stumbles over
@@ -300,7 +298,7 @@ def read_checkpoint(path) -> dict:
 
 class Output(NamedTuple):
     pixels: torch.Tensor    # (B, 3, H, W), the reconstruction
-    codes: torch.Tensor     # (B, h, w)
+    codes: torch.Tensor     # (B, h, w); None while vectors pass unquantized
     loss: torch.Tensor      # codebook and commitment loss, a scalar
 
 
@@ -363,7 +361,7 @@ class VQGAN(nn.Module):
             with torch.device("meta"):
                 model = VQGAN(config)
             model.load_state_dict(state, strict=True, assign=True)
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:     # it may hold anything
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a VQGAN checkpoint: {' '.join(str(error).split())[:300]}") from None
         return model.float().to(device).eval()
 
@@ -444,7 +442,7 @@ class Perceptual(nn.Module):
         state = {k: v for k, v in read_checkpoint(weights).items() if isinstance(v, torch.Tensor)}
         kernels = [v for k, v in state.items() if v.ndim == 4 and v.shape[1] > 1 and v.shape[2:] == (3, 3)]
         biases = [v for k, v in state.items() if v.ndim == 1 and k.endswith("bias")]
-        heads = [v for k, v in state.items() if k.startswith("lin") and v.ndim == 4 and v[0, 0].numel() == len(v) == 1]
+        heads = [v for k, v in state.items() if k.startswith("lin") and v.shape[:1] + v.shape[2:] == (1, 1, 1)]
         blurs = [v for k, v in state.items() if k.endswith(".filt")]
         widths = [c for stage in self.WIDTHS for c in stage]
         shapes = [(c, c_in, 3, 3) for c_in, c in zip([3] + widths, widths)]

@@ -364,12 +364,19 @@ def huge(side):
     return bytes(raw)
 
 
+def mislabelled():
+    """A JPEG to be turned, as its EXIF says, whose width is a word."""
+    exif = Image.Exif()
+    exif[274], exif[271] = 6, "maker"
+    return saved(Image.new("RGB", (8, 8)), "JPEG", exif=exif).getvalue().replace(b"\1\x0f\0\2", b"\1\0\0\2")
+
+
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8))
 
 
 @pytest.mark.parametrize("raw", [
     b"", b"no picture", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\0\0\0\0WEBP", b"%!PS-Adobe-3.0 EPSF-3.0\n",
-    huge(11_000), huge(20_000),
+    huge(11_000), huge(20_000), mislabelled(),
     *(saved(NOISE, f).getvalue()[:-n] for f in ("PNG", "JPEG", "WEBP", "GIF") for n in (200, 400))],
     ids=lambda raw: f"{len(raw)} bytes")
 def test_an_unreadable_picture_is_a_value_error_that_names_it(tmp_path, raw):
@@ -556,6 +563,8 @@ def test_texts_are_read_from_txt_and_jsonl(tmp_path):
     assert data.read_texts(put(tmp_path / "a.txt", "\ufeffone\r\ntwo\n")) == ["one\ntwo"]
     rows = '{"text": "one\u2028more"}\n\n{"text": "two", "other": 1}'
     assert data.read_texts(put(tmp_path / "a.jsonl", rows)) == ["one\u2028more", "two"]
+    pieces = data.load_source(None, put(tmp_path / "long.txt", "word " * 1000), passage=400)["train"].texts
+    assert {len(piece) for piece in pieces} == {400, 200}       # the last one is what is left
     for path, words in ((put(tmp_path / "b.txt", b"\xff\xfe\x00"), ("UTF-8",)), (tmp_path, ()),
                         (tmp_path / "nowhere.txt", ("no such file",)), (put(tmp_path / "e.txt", " \n"), ("no text",)),
                         (put(tmp_path / "b.jsonl", '{"text": "x"}\n{"text": 1}'), ("line 2",)),
@@ -727,13 +736,16 @@ def test_a_resumed_stream_goes_on_as_if_nothing_happened():
 
 
 def test_a_stream_resumes_with_another_mix():
-    _, state = take(mixed(), 1)[0]
-    few = mixed(n=20)
+    """Examples that wait for a task which is no longer asked for, or a task that begins again instead of going on."""
+    tasks = mixed(n=150).tasks
+    before, state = take(Loader(tasks, {"t2i": 1, "vqa": 1}, VOCAB, Bytes(), 2, 160), 1)[0]
+    assert {task for task, _, _ in state["waiting"]} == {"t2i", "vqa"}
     for mix in ({"text": 1}, {"t2i": 1, "text": 1}):
-        half = Loader(few.tasks, {"t2i": 1}, VOCAB, Bytes(), 2, 160, state=None)
-        state = take(half, 1)[0][1]
-        resumed = Loader(few.tasks, mix, VOCAB, Bytes(), 2, 160, state=json.loads(json.dumps(state)))
-        assert {task for task, _, _ in documents(take(resumed, 2)[1][0])} <= set(mix)
+        resumed = Loader(tasks, mix, VOCAB, Bytes(), 2, 160, state=json.loads(json.dumps(state)))
+        found = [document for batch, _ in take(resumed, 20) for document in documents(batch)]
+        assert {task for task, _, _ in found} == set(mix)
+        drawings = [tuple(ids) for task, ids, _ in documents(before) + found if task == "t2i"]
+        assert len(drawings) == len(set(drawings)) and resumed.drawn["t2i"] <= 150      # each once in its first epoch
 
 
 def test_an_example_depends_on_seed_epoch_and_index_alone():
@@ -802,6 +814,21 @@ def test_the_built_in_mix_is_packed_tightly():
     assert np.mean([(batch.documents == -1).float().mean() for batch in batches]) < 0.05
     drawn = sum(loader.drawn.values())
     assert abs(loader.drawn["t2i"] / drawn - 0.4) < 0.05 and loader.dropped < 0.02 * drawn
+
+
+def test_one_example_of_each_task_is_shown_with_what_is_learned_underlined(capsys):
+    """`python data.py` that shows a reader something else than what the model sees, or nothing."""
+    data.show()
+    _, *parts = re.split(f"^({'|'.join(data.TASKS)}): ", capsys.readouterr().out, flags=re.M)
+    assert tuple(parts[::2]) == data.TASKS
+    shown = {task: words.removesuffix("\n\n") for task, words in zip(parts[::2], parts[1::2])}
+    learned = {task: "".join(re.findall("\033\\[4m(.*?)\033\\[0m", words, re.S)) for task, words in shown.items()}
+    codes = "".join(f"[{i}]" for i in range(16))
+    assert data.DRAW in shown["t2i"] and learned["t2i"] == codes + "<eoi><eos>"
+    assert f"<boi>{codes}<eoi>{data.CAPTION}" in shown["i2t"]
+    assert data.read_description(learned["i2t"].removesuffix("<eos>"))
+    assert learned["vqa"].endswith("\n<eos>") and "?" in shown["vqa"] and "?" not in learned["vqa"]
+    assert f"<bos>{learned['text']}" == re.sub("\033\\[[04]m", "", shown["text"])
 
 
 def new_threads(before):

@@ -141,6 +141,23 @@ def test_asked_to_stop_a_run_ends_its_step_saves_and_goes_on(few, whole, tmp_pat
     same_run(whole, out)
 
 
+@pytest.mark.parametrize("act, name", [(1, "encode_pictures"), (3, "sample.evaluate")])
+def test_asked_to_stop_after_the_last_step_nothing_more_is_begun(few, whole, tmp_path, monkeypatch, act, name):
+    """A signal in the last save of an act that is forgotten: another act, or all scores, and an exit code of success."""
+    save = data.save_atomically
+
+    def asked(value, path):
+        save(value, path)
+        if value["step"] == TINY["vq_steps" if act == 1 else "steps"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "save_atomically", asked)
+        patch.setattr(f"train.{name}", None)
+        assert end(*flags(tmp_path)) == "143"
+    run(tmp_path, resume=True)
+    same_run(whole, tmp_path)
+
+
 def test_a_second_ctrl_c_stops_at_once_and_loses_no_checkpoint(few, whole, tmp_path, monkeypatch):
     """Somebody who presses twice waits for a step that never ends."""
     with monkeypatch.context() as patch:
@@ -426,15 +443,15 @@ def test_a_step_left_out_leaves_no_trace_in_weights_and_optimizers():
     assert (p == 1).all() and p.grad is None and not optimizers[0].state
 
 
-def test_a_codebook_that_collapses_is_reported(few, tmp_path, monkeypatch, capsys):
+def test_a_codebook_that_collapses_is_reported(tmp_path, capsys):
     """A tokenizer that says everything with a handful of codes, and nobody notices before the drawings."""
-    monkeypatch.setattr(train, "usage", lambda counts: (1, 1.0))
-    cfg = train.Config(out=str(tmp_path), **BRIEF)
+    cfg = train.Config(out=str(tmp_path), **BRIEF)      # 16 codes, 6 steps
     process = train.set_up(cfg)
     for used, step in ((1, 5), (1, 3), (2, 5)):
-        monkeypatch.setattr(train, "usage", lambda counts: (used, 1.0))
-        train.report_usage(cfg, None, step, process, train.Log(tmp_path / "log.jsonl", process))
+        counts = torch.tensor([7] * used + [0] * (16 - used))
+        train.report_usage(cfg, counts, step, process, train.Log(tmp_path / "log.jsonl", process))
         assert ("collapsed" in capsys.readouterr().out) == (used == 1 and step == 5)
+        assert log_of(tmp_path)[-1] == dict(act=1, step=step + 1, codes_used=used, perplexity=pytest.approx(used))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -524,10 +541,38 @@ def test_a_run_among_its_own_data_is_refused(tmp_path):
 
 
 def test_enormous_captions_are_left_out_and_counted(tmp_path, capsys):
-    source = own_pictures(tmp_path / "own")
-    put(source / "0.txt", "word " * 100_000)
+    """A run that ends at its first pictures for samples/, as those are drawn from a caption that nothing can read."""
+    source = own_pictures(tmp_path / "own", 9)
+    for i in range(9):
+        put(source / f"{i}.txt", "a circle" if i == 4 else "word " * 1000)
     train.main(flags(tmp_path / "run", data=source, **OWN))
-    assert "longer than --context" in capsys.readouterr().out
+    said, log = capsys.readouterr().out, log_of(tmp_path / "run")
+    assert "longer than --context" in said and any(line.get("dropped") for line in log)
+    assert not any(line.get(f"val_{task}") == 0 for line in log for task in data.TASKS)
+
+
+def test_pictures_without_captions_or_files_are_scored(few, tmp_path):
+    """Scores, after all the training, of captions that nobody gave or of pictures that are codes alone."""
+    source = own_pictures(tmp_path / "own")
+    for i in range(8):
+        (source / f"{i}.txt").unlink()
+        put(source / f"{i}.json", json.dumps({"qa": [["what?", "a circle"]]}))
+    train.main(flags(tmp_path / "run", data=source, **OWN | {"eval_n": 4, "mix": "t2i=1,vqa=1"}))
+    rows = [{"data_type": "image_text", "text": "a", "vqcode_512": [0] * 16} for _ in range(4)]
+    put(tmp_path / "codes.jsonl", "\n".join(map(json.dumps, rows)))
+    train.main(flags(tmp_path / "next", data=tmp_path / "codes.jsonl", vqgan=tmp_path / "run" / "vqgan.pt",
+                     **OWN | {"eval_n": 4, "mix": "t2i=1,vqa=1"}))
+    for name in ("run", "next"):
+        assert log_of(tmp_path / name)[-1]["scores"]["caption_exact"] is None
+
+
+def test_a_few_dead_files_stop_no_batch(tmp_path):
+    """A process whose two pictures of a step are both unreadable: the run ends, and each resumption at the same step."""
+    source = own_pictures(tmp_path / "own", 12)
+    for i in range(0, 12, 2):
+        put(source / f"{i}.png", b"noise")
+    train.main(flags(tmp_path / "run", data=source, **OWN, vq_batch=1))
+    assert torch.load(tmp_path / "run" / "vqgan.pt", weights_only=True)["step"] == TINY["vq_steps"]
 
 
 def test_an_extra_that_is_not_installed_is_named_with_its_command(tmp_path, monkeypatch):
@@ -634,7 +679,7 @@ def test_no_source_runs_code_from_a_file_or_reaches_for_the_network(name):
         if ast.unparse(call.func) in ("torch.load", "torch.hub.load", "np.load"):
             assert ast.unparse(call.func) == "torch.load" and options["weights_only"] == "True"
     downloads = [call for call in calls if "snapshot_download" in ast.unparse(call.func)]
-    assert len(downloads) == (name == "train")      # --init with the name of a repository
+    assert len(downloads) == (name == "data")       # --init with the name of a repository
 
 
 def test_an_evil_shard_is_made_again_and_runs_nothing(few, copy):
@@ -681,7 +726,7 @@ def test_readers_survive_any_bytes(tmp_path, content):
     put(tmp_path / "folder" / "x.png", b"")
     for function, name in ((data.read_texts, "x.txt"), (data.read_texts, "x.jsonl"), (data.read_pictures, "x.jsonl"),
                            (data.read_pictures, "x.tar"), (data.read_pictures, "folder"), (data.load_image, "x.png"),
-                           (VQGAN.load, "x.png"), (sample.read_checkpoint, "x.png"), (data.PretrainedTokenizer.load, ".")):
+                           (VQGAN.load, "x.png"), (sample.read_model, "x.png"), (data.PretrainedTokenizer.load, ".")):
         survives(function, tmp_path / name)
     assert data.read_shard(tmp_path / "x.png", "x") is None
 

@@ -181,8 +181,10 @@ def test_leftovers_that_mean_nothing(tmp_path):
     reference("qwen3", {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True}, tmp_path)
     weights = safetensors_torch.load_file(tmp_path / "model.safetensors")
     weights |= {"lm_head.weight": torch.ones(50, 32), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    before = Transformer.from_pretrained(tmp_path).state_dict()
     safetensors_torch.save_file(weights, tmp_path / "model.safetensors")
-    Transformer.from_pretrained(tmp_path)
+    after = Transformer.from_pretrained(tmp_path).state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,7 +288,7 @@ def test_bad_index(good, tmp_path):
 
 def test_the_extra_is_named(good, monkeypatch):
     """Without safetensors the user sees an ImportError in place of the command to install it."""
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
     for use in (lambda: Transformer.from_pretrained(good), lambda: Transformer(ModelConfig()).save_pretrained(good)):
         with pytest.raises(ValueError, match=r'pip install -e "\.\[pretrained\]"'):
             use()

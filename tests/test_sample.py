@@ -1,11 +1,14 @@
 """The decode loop, the choice of tokens, and the tasks, on tiny random models."""
 
 import dataclasses
+import inspect
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import data
@@ -152,18 +155,56 @@ def run():
     tokenizer = data.WordTokenizer.learn(["a red circle " * 3, data.DRAW * 3, data.CAPTION * 3])
     vocab = tokenizer.vocab(16)
     model = Transformer(ModelConfig(vocab_size=vocab.size, hidden_size=32, intermediate_size=64, num_hidden_layers=1)).eval()
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)     # else it repeats one token, whatever the prompt
     return sample.Run(model, vqgan, vocab, tokenizer, (2, 2), False, {})
 
 
 def test_the_four_tasks_return_one_result_each(run):
+    """Results that depend on their batch or on chance, or tensors where a user expects pictures and strings."""
     images = sample.text_to_image(run, ["a red circle", "x"], sample.Sampling(seed=3))
     assert [i.size for i in images] == [(16, 16)] * 2
     again = sample.text_to_image(run, ["x"], sample.Sampling(seed=3, batch=1), numbers=[1])[0]
     # the same seed and number draw the same codes in another batch, which the decoder may round to another level of 256
     assert np.abs(np.asarray(again, dtype=int) - np.asarray(images[1])).max() <= 1
     pictures = [Image.new("RGB", (40, 30), "red"), Image.new("RGB", (8, 8))]
-    assert len(sample.caption(run, pictures, n=4)) == len(sample.answer(run, pictures, ["what?", "how many?"], n=4)) == 2
-    assert len(sample.complete(run, ["a red", "", "Grüße"], n=4)) == 3
+    for task, *inputs in ((sample.caption, pictures), (sample.answer, pictures, ["what?", "how many?"]),
+                          (sample.complete, ["a red", "", "Grüße"])):
+        texts = task(run, *inputs, n=9)
+        assert [type(text) for text in texts] == [str] * len(inputs[0]) and any(texts)
+        assert task(run, *inputs, n=9) == texts and task(run, *(x[1:] for x in inputs), n=9) == texts[1:]
+
+
+def test_the_choices_of_the_command_line_reach_the_decode_loop(run, tmp_path, monkeypatch):
+    """A seed that draws what another one drew, or guidance that is announced and not given."""
+    calls, generate = [], sample.generate
+
+    def spy(*args, **options):
+        ids = generate(*args, **options)
+        calls.append((ids.tolist(), inspect.signature(generate).bind(*args, **options).arguments))
+        return ids
+    monkeypatch.setattr(sample, "generate", spy)
+    monkeypatch.setattr(sample, "load", lambda *_: run)
+    drawing = ["t2i", "a red circle", "--out", str(tmp_path / "x.png"), "--guidance", "2.5"]
+    for argv in (drawing, ["text", "a red", "--n", "4"]):
+        for seed in "343":
+            sample.main([*argv, "--seed", seed, "--temperature", "1.1", "--top-k", "90", "--top-p", "0.95"])
+        (first, given), (other, _), (again, _) = calls[-3:]
+        assert first == again != other
+        assert [given[name] for name in ("temperature", "top_k", "top_p")] == [1.1, 90, 0.95]
+    drawn = calls[0][1]
+    assert drawn["guidance"] == 2.5 and drawn["allowed"] == run.vocab.image_rows
+    assert drawn["negatives"] == [data.render_t2i(run.vocab, run.tokenizer, None)[0]]
+    sample.main(["text", "a red"])
+    assert calls[-1][1]["temperature"] == 0
+
+
+def test_no_text_runs_past_what_the_model_reads(run, monkeypatch):
+    """Gibberish, in silence, at positions that training never had."""
+    asked, longest = [], len(data.render_text(run.vocab, run.tokenizer, "a red circle", ended=False)[0])
+    monkeypatch.setattr(sample, "generate", lambda model, prompts, n, *_, **__: asked.append(n) or torch.zeros(2, n))
+    sample.complete(run, ["a", "a red circle"], n=10_000)
+    assert asked == [run.model.config.max_position_embeddings - longest]
 
 
 def test_losses_do_not_depend_on_what_they_are_batched_with(run):
@@ -183,6 +224,107 @@ def test_scores_see_what_is_wrong():
     images[1] = data.draw(data.Scene(wanted[1].background, ()))
     exact, objects = sample.score_drawings(images, wanted)
     assert exact == 0.9 and objects < 1
+
+
+class Exact:
+    """A VQGAN with a code for all that a quarter of a scene can show; one, `broken`, comes back as the next."""
+    config = VQGANConfig(ch=32, ch_mult=(1,), patch=16, n_embed=196)
+    broken = -1
+
+    def __init__(self):
+        shown = np.concatenate([data.renderings(background, 16)[1] for background in data.BACKGROUNDS])
+        self.shown = torch.cat([data.to_pixels(x) for x in shown]).flatten(1)       # (196, 3 * 16 * 16)
+
+    def encode(self, pixels):                                       # (B, 3, 32, 32)
+        return torch.cdist(F.pixel_unshuffle(pixels, 16).permute(0, 2, 3, 1), self.shown).argmin(-1)
+
+    def decode(self, codes):                                        # (B, 2, 2)
+        return F.pixel_shuffle(self.shown[codes + (codes == self.broken)].permute(0, 3, 1, 2), 16)
+
+
+class Believer:
+    """A model for which a token takes one bit where it believes the text, else two; what it says is in `answers`."""
+    device, config = torch.device("cpu"), ModelConfig()
+
+    def __init__(self, vocab, tokenizer, believed):
+        self.vocab, self.tokenizer, self.believed, self.answers = vocab, tokenizer, believed, {}
+
+    def believes(self, ids):
+        return torch.tensor([[self.tokenizer.decode([i for i in row if i < self.vocab.image_start]) in self.believed]
+                             for row in ids.tolist()])              # (B, 1)
+
+    def __call__(self, ids, targets=None):
+        if targets is not None:
+            return (targets != data.IGNORE) * (2 - self.believes(ids).float()) * math.log(2)
+        wrong = (ids == self.vocab.boi) & ~self.believes(ids)       # the first code of what it does not believe
+        first, past_last = self.vocab.image_rows
+        guess = ids.roll(-1, 1) + wrong
+        return F.one_hot(guess.where(guess < past_last, first), self.vocab.size).float()
+
+    def learn(self, prompt, whole):
+        self.answers[tuple(prompt[0])] = whole[0][len(prompt[0]):]
+
+    def generate(self, prompts, n, *_, **__):
+        return torch.tensor([(self.answers[tuple(p)] + [self.vocab.eos] * n)[:n] for p in prompts])
+
+
+def test_every_score_is_what_is_counted_by_hand(monkeypatch):
+    """A score that is inverted, in another unit, or from another task or split: each has its own share of mistakes."""
+    val, unseen, train = (data.scenes(n, 0, name, 32, unseen=name == "unseen")
+                          for name, n in (("val", 20), ("unseen", 4), ("train", 30)))
+    tokenizer = data.WordTokenizer.learn([*(c for p in train for c in p.captions), data.DRAW * 3, data.CAPTION * 3])
+    vocab, vqgan, ends = tokenizer.vocab(196), Exact(), list(data.CORNERS.values())
+    believed = {p.captions[0] + data.DRAW for p in train}
+    for i, (color, shape) in enumerate(data.PAIRS):                 # of 24, it is wrong about 6
+        believed.add(f"Any {color} {shape} has {ends[(list(data.CORNERS).index(shape) + (i < 6)) % 4]}.")
+    model = Believer(vocab, tokenizer, believed)
+    run, common = sample.Run(model, vqgan, vocab, tokenizer, (2, 2), False, {}), (vocab, tokenizer)
+    codes = {p.name: vqgan.encode(data.to_pixels(p.open()))[0] for p in [*val, *unseen]}
+    for pictures, blank, misread, misheard in ((val, 3, 2, 5), (unseen, 1, 2, 4)):      # mistakes in the first so many
+        for i, p in enumerate(pictures):
+            seen, words, (question, answer) = codes[p.name], p.captions[0], p.talks[i % len(p.talks)][0]
+            model.learn(data.render_t2i(*common, words),
+                        data.render_t2i(*common, words, seen // 49 * 49 if i < blank else seen))    # background alone
+            model.learn(data.render_i2t(*common, seen),
+                        data.render_i2t(*common, seen, words + " or not" if i < misread else words))
+            model.learn(data.render_vqa(*common, seen, [(question, None)]),
+                        data.render_vqa(*common, seen, [(question, "no idea" if i < misheard else answer)]))
+    monkeypatch.setattr(sample, "generate", Believer.generate)
+    used = [set(codes[p.name].flatten().tolist()) for p in [*val, *unseen]]
+    vqgan.broken = min(used[0] - set().union(*used[1:]))            # in one picture alone
+    first = val[0].open()
+    error = np.square(np.asarray(first, float) - data.to_image(vqgan.decode(codes[val[0].name][None]))).mean()
+    objects = [len(p.open.args[0].objects) for p in val]
+    splits = {name: data.Split(pictures, texts) for name, pictures, texts in
+              (("train", train, ["aab"]), ("val", val, ["ab", "é"]), ("unseen", unseen, []))}
+    scores = sample.evaluate(run, splits)
+    majority = scores.pop("vqa_majority")
+    assert 0 < majority < 1 and majority == sample.score_answers(run, val, train, 20)[1]
+    assert scores == pytest.approx({
+        "n": 20, "reconstruction_exact": 19 / 20, "codes_used": len(set().union(*used[:20])),
+        "reconstruction_psnr": (19 * 100 + 10 * math.log10(255 ** 2 / error)) / 20,     # a perfect one counts as 100 dB
+        "t2i_code_accuracy": 3 / 4, "t2i_code_accuracy_train": 1, "t2i_exact": 17 / 20,
+        "t2i_objects": sum(objects[3:]) / sum(objects), "caption_exact": 18 / 20, "vqa": 15 / 20,
+        "text_bits_per_byte": 2 * (2 + 1 + 2 + 1) / 4, "text_cloze": 18 / 24,           # an end takes a token, too
+        "text_bits_per_byte_unigram": -math.log2(3 / 259 * 2 / 259 * 1 / 259 * 1 / 259) / 4,
+        "reconstruction_unseen_combinations": 4 / 4, "t2i_unseen_combinations": 3 / 4,
+        "caption_unseen_combinations": 2 / 4})
+    own = sample.evaluate(run, {name: splits[name] for name in ("train", "val")}, 10)   # pictures that cannot be graded
+    assert own.keys() - {"vqa_majority"} == scores.keys() and own["t2i_exact"] is own["text_cloze"] is None
+    assert (own["n"], own["caption_exact"], own["vqa"]) == (10, 8 / 10, 5 / 10)
+
+
+def test_answers_stand_beside_those_of_always_giving_the_most_common_one(run, monkeypatch):
+    """A majority that is taken over all questions, or over the answers that it is compared with."""
+    def asked(*talks):
+        return [data.Picture("", lambda: Image.new("RGB", (16, 16)), [], [[talk]] * bool(talk)) for talk in talks]
+    train = asked(("how?", "so"), ("how?", "so"), ("how?", "no"), ("why?", "no"), ("why?", "no"))
+    split = asked(("how?", "so"), None, ("how?", "no"), ("how?", "so"), ("who?", "no"), ("beyond the limit?", "no"))
+    heard, said = [], ["so", "so", "x", "x"]
+    monkeypatch.setattr(sample, "answer", lambda run, images, questions: heard.extend(questions) or said)
+    assert sample.score_answers(run, split, train, 4) == (1 / 4, 3 / 4)     # to who?, the majority says no
+    assert heard == ["how?", "how?", "how?", "who?"]
+    assert sample.score_answers(run, asked(None), train, 4) == (None, None)
 
 
 @pytest.mark.parametrize("argv, words", [

@@ -1,6 +1,7 @@
 """The three acts on settings so small that they take seconds, and the whole story once in the slow suite."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import data
 import sample
 import train
 from model import ModelConfig, Transformer
-from vqgan import VQGAN, VQGANConfig
+from vqgan import VQGAN, Discriminator, VQGANConfig
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(vq_steps=6, vq_batch=4, vq_restart_every=2, ch=32, ch_mult=(1,), patch=16, res_blocks=1, z_channels=8, codes=16,
@@ -39,7 +41,8 @@ def weights(run, name="model.pt"):
     return torch.load(Path(run) / name, weights_only=True)["model"]
 
 
-def test_all_acts_fill_the_run_folder_with_what_the_readme_promises(few, tmp_path):
+def test_all_acts_fill_the_run_folder_with_what_the_readme_promises(few, tmp_path, capsys):
+    """A file or a score that the README names and nobody writes, or that sampling cannot read back."""
     scores = train.train(train.Config(out=str(tmp_path), **TINY))
     checkpoint = torch.load(tmp_path / "model.pt", weights_only=True)
     assert set("model optimizer step config model_config vocab tokenizer data random_state".split()) <= set(checkpoint)
@@ -50,8 +53,11 @@ def test_all_acts_fill_the_run_folder_with_what_the_readme_promises(few, tmp_pat
     wanted = """t2i_exact t2i_objects t2i_unseen_combinations caption_exact vqa text_bits_per_byte reconstruction_exact
                 reconstruction_psnr codes_used n"""
     assert set(wanted.split()) <= set(scores)
-    again = sample.evaluate(sample.load(tmp_path, device="cpu"), data.built_in(0), 2)
-    assert again == scores      # a run folder alone is enough to score it again
+    capsys.readouterr()
+    sample.main(["eval", "--run", str(tmp_path), "--n", "2", "--device", "cpu"])        # the folder alone is enough
+    *table, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last) == {k: round(v, 4) if type(v) is float else v for k, v in scores.items()}
+    assert [line.split()[0] for line in table] == list(scores)
 
 
 def test_noise_reaches_training_and_nothing_that_is_scored(few, tmp_path, monkeypatch):
@@ -95,6 +101,150 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(few, tmp_pa
     steps = [[(x["act"], x["step"], x.get("loss")) for x in lines] for lines in logs]
     assert steps[0] == steps[1]
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One act alone
+
+def first_act(out, **options):
+    """-> the tokenizer after act 1 on 40 pictures of 32x32 pixels."""
+    pictures = data.scenes(40, 0, "own", 32)
+    cfg = train.Config(out=str(out), **{**TINY, "image_size": 32, "workers": 0, "eval_every": 1000, **options})
+    splits, process = {"train": data.Split(pictures, [])}, train.set_up(cfg)
+    out.mkdir(exist_ok=True)
+    return train.train_tokenizer(cfg, splits, process, train.Log(out / "log.jsonl", process))
+
+
+def test_the_codebook_starts_from_k_means_and_unused_codes_come_back(tmp_path, monkeypatch):
+    """A codebook far from every vector, or codes that nothing was assigned to and that stay so."""
+    events, start, restart, forward = [], train.start_codebook, train.restart_codes, VQGAN.forward
+
+    def starts(cfg, model, pictures, process):
+        start(cfg, model, pictures, process)
+        seen = model.encode(torch.cat([data.to_pixels(p.open()) for p in pictures]))
+        events.append("start")
+        assert len(seen.unique()) > 0.9 * cfg.codes
+
+    def restarts(cfg, model, pixels, counts, step, process):
+        before, dead = model.quantize.embedding.weight.detach().clone(), counts == 0
+        restart(cfg, model, pixels, counts, step, process)
+        moved = model.quantize.embedding.weight.detach()
+        events.append(f"restart {step}")
+        assert dead.any() and torch.equal((moved != before).any(1), dead)
+        near = torch.cdist(moved[dead], model.quantize.vectors(model.latents(pixels))).min(1).values
+        assert near.max() < 1e-3        # of the batch
+
+    def step(self, pixels, quantize=True):
+        events.append("codes" if quantize else "vectors")
+        return forward(self, pixels, quantize)
+    monkeypatch.setattr(train, "start_codebook", starts)
+    monkeypatch.setattr(train, "restart_codes", restarts)
+    monkeypatch.setattr(VQGAN, "forward", step)
+    first_act(tmp_path, codes=64, vq_steps=8, vq_continuous=0.25)
+    assert events == ["vectors"] * 2 + ["start"] + ["codes"] * 2 + ["restart 3"] + ["codes"] * 2 + ["restart 5"] + \
+        ["codes"] * 2           # no code comes back in the last quarter, which would leave it untrained
+
+
+class Likes(torch.nn.Module):
+    """A discriminator that takes bright pictures for real, or dark ones, whatever it is told."""
+    def __init__(self, sign):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(float(sign)))
+
+    def forward(self, pixels):
+        return pixels.mean((1, 2, 3)) * self.weight
+
+
+def test_the_generator_is_pulled_to_what_the_discriminator_likes(tmp_path, monkeypatch):
+    """A sign: a generator that learns to be found out."""
+    options, biases = dict(vq_steps=1, adversarial=10.0, adversarial_start=0.0), []
+    for sign in (1, -1):
+        monkeypatch.setattr(train, "Discriminator", partial(Likes, sign))
+        biases.append(first_act(tmp_path / str(sign), **options).decoder.conv_out.bias)
+    assert (biases[0] > biases[1]).all()        # after a step, pictures are brighter or darker
+
+
+def test_an_adversarial_act_resumes_bit_for_bit(tmp_path, monkeypatch):
+    """A discriminator, or its optimizer, that begins anew with every job of a queue."""
+    save = data.save_atomically
+    monkeypatch.setattr(train, "Discriminator", partial(Discriminator, ch=8, layers=2))
+
+    def dies(value, path):
+        save(value, path)
+        if value["step"] == 4:
+            raise KeyboardInterrupt
+    options = dict(adversarial=0.5, adversarial_start=0.25, save_every=4)       # from the second of 6 steps on
+    first_act(tmp_path / "whole", **options)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data, "save_atomically", dies)
+        first_act(tmp_path / "cut", **options)
+    first_act(tmp_path / "cut", **options, resume=True)
+    whole, cut = (torch.load(tmp_path / name / "vqgan.pt", weights_only=True) for name in ("whole", "cut"))
+    for key in ("model", "discriminator", "optimizer", "counts"):
+        torch.testing.assert_close(cut[key], whole[key], rtol=0, atol=0)
+    assert len(whole["optimizer"]) == 3 and whole["discriminator"]["main.3.num_batches_tracked"] > 0
+
+
+def third_act(out, **options):
+    """-> weights and log after one step of act 3 on random codes."""
+    torch.manual_seed(0)
+    vqgan = VQGAN(VQGANConfig(ch=32, ch_mult=(1,), num_res_blocks=1, z_channels=8, n_embed=16, embed_dim=4, patch=16))
+    pictures = [data.Picture(str(i), None, [f"{i}"], [], torch.randint(0, 16, (2, 2))) for i in range(20)]
+    splits = {"train": data.Split(pictures, ["hello"]), "val": data.Split(pictures[:0], ["hello"])}
+    cfg = train.Config(out=str(out), **{**TINY, "steps": 1, "context": 64, **options})
+    process = train.set_up(cfg)
+    out.mkdir()
+    train.train_transformer(cfg, splits, vqgan, process, train.Log(out / "log.jsonl", process))
+    return weights(out), json.loads((out / "log.jsonl").read_text().splitlines()[0])
+
+
+def test_flags_of_the_loss_and_the_optimizers_reach_the_step(tmp_path):
+    """A flag that --help explains and training ignores."""
+    plain, log = third_act(tmp_path / "plain")
+    stable, other = third_act(tmp_path / "z", z_loss=0.1)
+    rows = len(plain["model.embed_tokens.weight"]) + 16
+    assert other["loss"] - log["loss"] == pytest.approx(0.1 * math.log(rows) ** 2, rel=0.02)    # logsumexp^2
+    assert not torch.equal(stable["model.embed_tokens.weight"], plain["model.embed_tokens.weight"])
+    never, far = (third_act(tmp_path / str(clip), clip=clip)[0] for clip in (0.0, 1e9))
+    torch.testing.assert_close(never, far)      # no clipping, in place of no gradient
+    for optimizer in ("muon", "adamw"):
+        free, half, whole = (third_act(tmp_path / f"{optimizer}-{decay}", optimizer=optimizer, weight_decay=decay)[0]
+                             for decay in (0.0, 50.0, 100.0))
+        for name, w in free.items():
+            torch.testing.assert_close(half[name], (w + whole[name]) / 2)       # less lr * decay * what it was
+            assert half[name].norm() < w.norm() or w.ndim < 2 or "codebook" in name, name
+
+
+class Built(Exception):
+    """Carries the configuration of what was to be built."""
+
+
+@pytest.mark.parametrize("argv", [[], *(["--data", "own", "--preset", name] for name in train.PRESETS)], ids=" ".join)
+def test_every_preset_fits_together(tmp_path, monkeypatch, argv):
+    """A preset that stops, hours after it was started on a rented machine, at sizes that do not fit."""
+    cfg = train.configure(["--out", str(tmp_path / "run"), *argv])
+    picture = data.Picture("x", lambda: Image.new("RGB", (600, 500)), ["a"], [[("q", "a")]])
+    splits = {"train": data.Split([picture] * 50, ["text"]), "val": data.Split([picture], ["text"])}
+    cfg = train.resolve(cfg, splits)
+    for world in (1, 8):
+        train.check(cfg, splits, world)
+
+    def built(config):
+        raise Built(config)
+    monkeypatch.setattr(train, "VQGAN", built)
+    with pytest.raises(Built) as caught:
+        train.train_tokenizer(cfg, splits, train.set_up(cfg), None)
+    tokenizer = data.WordTokenizer([])
+    with torch.device("meta"):
+        vqgan = VQGAN(*caught.value.args)
+        out = vqgan(torch.zeros(1, 3, cfg.image_size, cfg.image_size))
+        model = train.build_model(cfg, tokenizer.vocab(cfg.codes), vqgan)
+        logits = model(torch.zeros(1, out.codes.numel(), dtype=torch.long))
+    assert out.pixels.shape[-1] == cfg.image_size and out.codes.numel() < cfg.context
+    assert logits.shape[2] == tokenizer.size + cfg.codes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps
 
 def batch_of(vocab, tokenizer, world=1, rank=0, rows=4):
     texts = ["a " * n for n in range(1, 30)]
@@ -152,12 +302,18 @@ def test_every_parameter_has_one_optimizer_and_muon_takes_matrices_only():
     assert len(held) == len(set(held)) and set(held) == set(model.parameters())
 
 
-def test_orthogonalize_leaves_singular_values_near_one():
-    for shape in ((2, 20, 50), (2, 50, 20), (1, 30, 30)):
-        g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        values = torch.linalg.svdvals(train.orthogonalize(g))
-        assert values.min() > 0.3 and values.max() < 1.3
-        assert torch.allclose(train.orthogonalize(g)[:1], train.orthogonalize(g[:1]), atol=1e-5)     # no matrix minds another
+@pytest.mark.parametrize("rank", [1, 5, 20])
+@pytest.mark.parametrize("rows, columns", [(20, 50), (50, 20), (20, 20)])
+def test_orthogonalize_brings_singular_values_near_one_and_keeps_their_vectors(rows, columns, rank):
+    """Any other orthogonal matrix, a transposed one, or noise where a gradient has no rank."""
+    torch.manual_seed(0)
+    (u, _), (v, _) = (torch.linalg.qr(torch.randn(2, n, rank)) for n in (rows, columns))
+    g = u @ torch.diag(torch.linspace(3, 0.3, rank)) @ v.mT
+    x = train.orthogonalize(g)
+    values = (u.mT @ x @ v).diagonal(dim1=1, dim2=2)                # (2, rank)
+    assert 0.6 < values.min() and values.max() < 1.25
+    torch.testing.assert_close(u @ torch.diag_embed(values) @ v.mT, x, atol=1e-4, rtol=0)       # and nothing besides
+    torch.testing.assert_close(train.orthogonalize(g[:1]), x[:1], atol=1e-5, rtol=0)    # no matrix minds another
 
 
 def test_schedule_rises_stays_and_falls_to_zero():
@@ -255,12 +411,12 @@ def test_a_pretrained_model_is_extended_trained_exported_and_sampled(few, tmp_pa
 def test_a_hub_name_is_downloaded_and_a_failure_is_one_sentence(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hub, "snapshot_download", lambda name, allow_patterns: str(tmp_path / name))
-    assert train.fetch("google/gemma-3-270m") == tmp_path / "google/gemma-3-270m"
+    assert data.fetch("google/gemma-3-270m") == tmp_path / "google/gemma-3-270m"
     def fails(*_, **__):
         raise OSError("no network")
     monkeypatch.setattr(hub, "snapshot_download", fails)
     with pytest.raises(ValueError, match="google/gemma-3-270m"):
-        train.fetch("google/gemma-3-270m")
+        data.fetch("google/gemma-3-270m")
 
 
 @pytest.mark.slow
