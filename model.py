@@ -380,7 +380,7 @@ def attend(q, k, v, mask, scale, softcap=None):
     if T == 1 and H > G:                                            # decoding: a group's heads are queries of one head
         y = F.scaled_dot_product_attention(q.view(B, G, H // G, d), k, v, mask, scale=scale)
         return y.reshape(B, H, 1, d)
-    if H > G:                                                       # kernels that take a mask know no groups on GPUs
+    if H > G:                                                       # on GPUs, SDPA's kernels for masks know no groups
         k, v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
 
@@ -694,12 +694,15 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def save_pretrained(self, folder, shard=5 * 10 ** 9, **keys):
         """Write config.json, with these keys besides, and safetensors in files of about `shard` bytes."""
-        folder, hub, _ = Path(folder), import_extra("huggingface_hub"), import_extra("safetensors")
+        folder, hub, library = Path(folder), import_extra("huggingface_hub"), import_extra("safetensors")
         config = config_to_hf(self.config) | {"dtype": str(self.dtype).removeprefix("torch.")} | keys
         state = {k: v for k, v in self.state_dict().items() if "image_rows" not in k}
         state["model.embed_tokens.weight"] = self.model.table().detach()
         folder.mkdir(parents=True, exist_ok=True)
-        hub.save_torch_state_dict(state, folder, max_shard_size=shard)  # with an index; files of an earlier save go
+        try:
+            hub.save_torch_state_dict(state, folder, max_shard_size=shard)      # an earlier save's files go
+        except library.SafetensorError as error:
+            raise OSError(f"{folder}: weights not written ({error})") from None
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @torch.no_grad()

@@ -250,8 +250,9 @@ def check(cfg, splits, world):
     require(cfg.train == "all" or cfg.init and not cfg.weight_decay, "train",
             "needs --init, and no --weight_decay, which would shrink the other rows")
     if cfg.init:
-        data.PretrainedTokenizer.load(data.fetch(cfg.init))
-        read_config(data.fetch(cfg.init))
+        folder = data.fetch(cfg.init)
+        data.PretrainedTokenizer.load(folder)
+        read_config(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -842,8 +843,9 @@ def text_side(cfg, train, vqgan):
     """-> text tokenizer, vocabulary: learned from the data, or those of the model to start from."""
     codes = vqgan.config.n_embed
     if cfg.init:
-        tokenizer = data.PretrainedTokenizer.load(data.fetch(cfg.init))
-        return tokenizer, tokenizer.vocab(codes, json.loads(data.read_utf8(data.fetch(cfg.init) / "config.json")))
+        folder = data.fetch(cfg.init)
+        tokenizer = data.PretrainedTokenizer.load(folder)
+        return tokenizer, tokenizer.vocab(codes, json.loads(data.read_utf8(folder / "config.json")))
     tokenizer = learn_words(cfg, train)
     return tokenizer, tokenizer.vocab(codes)
 
@@ -1014,7 +1016,7 @@ def train_transformer(cfg, splits, vqgan, process, log):
         if done % cfg.eval_every == 0 or done == cfg.steps:
             paused = time.perf_counter()
             model.eval()
-            with gathered_weights(model), process.autocast(model is wide and process.world > 1):    # gathered in bf16
+            with gathered_weights(model), process.autocast(cfg.shard and process.world > 1):    # gathered in bf16
                 evaluate(cfg, run, held_out, done, process, log)
             model.train()
             for meter in (recent, overall):

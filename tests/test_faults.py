@@ -24,6 +24,7 @@ import torch
 import data
 import sample
 import train
+from model import ModelConfig, Transformer
 from test_data import VOCAB, Bytes, documents, mixed, put, take, texts_of
 from test_train import ROOT, TINY, few, tiny_flags, weights     # few is a fixture
 from test_vqgan import Evil
@@ -314,7 +315,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(few, whole, tmp_path, monke
 
 
 def test_a_file_that_may_not_grow_leaves_the_old_one(tmp_path):
-    """torch.save turns the disk's error into a RuntimeError over positions in a file."""
+    """torch.save turns the disk's error into a RuntimeError over positions in a file, safetensors into one of its own."""
     path = tmp_path / "x.pt"
     data.save_atomically({"a": 1}, path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -322,9 +323,11 @@ def test_a_file_that_may_not_grow_leaves_the_old_one(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
         with pytest.raises(OSError, match="x.pt: not written .File too large., and left as it was"):
             data.save_atomically({"a": torch.zeros(100_000)}, path)
+        with pytest.raises(OSError, match="export: weights not written"):
+            Transformer(ModelConfig()).save_pretrained(tmp_path / "export")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert torch.load(path, weights_only=True) == {"a": 1} and list(tmp_path.iterdir()) == [path]
+    assert torch.load(path, weights_only=True) == {"a": 1} and {p.name for p in tmp_path.iterdir()} == {"x.pt", "export"}
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(few, tmp_path):
