@@ -12,7 +12,8 @@
     python sample.py compare runs/study-* --plot x.png                              # runs of train.py, side by side
     python sample.py sweep runs/demo --option guidance --values 1,3,7               # drawings, value by value
 
-B rows   T positions   V rows of the table that may be chosen   D hidden size   n tokens to sample
+B rows   T positions   V rows of the table that may be chosen   k of them that top-k keeps   D hidden size
+n tokens to sample   h, w code grid   K codes
 """
 
 import argparse
@@ -31,6 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
@@ -41,27 +43,27 @@ from vqgan import VQGAN, read_checkpoint
 # Choosing tokens
 
 def guide(logits, scale):
-    """Classifier-free guidance: logits (2B, V) of prompts, then of their negatives -> (B, V)."""
+    """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598): logits (2B, V) of prompts, then of their
+    negatives -> (B, V). A scale of 1 is what the prompts say alone; more leads further away from the negatives."""
     conditional, unconditional = logits.chunk(2)
     return unconditional + scale * (conditional - unconditional)
 
 
-def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generators=(None,)):
-    """logits (B, V) -> choices (B,) among the top_k likeliest that together first reach top_p; temperature 0 is greedy.
+def choose(logits, points, temperature=1.0, top_k=0, top_p=1.0):
+    """logits (B, V), points (B,) uniform in [0, 1) -> choices (B,); temperature 0 is greedy.
 
-    generators: one for all rows, or one for each, which makes a row's choices independent of its batch.
+    Of the top_k likeliest, only the fewest that together reach top_p can be chosen. A point falls into a choice's
+    stretch of the cumulative sum as often as that choice is likely: no sync, as multinomial has on GPUs.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits, order, V = logits.float() / temperature, None, logits.shape[-1]
+    logits, V = logits.float() / temperature, logits.shape[-1]
+    order = None                                                    # rows as they are, unless some are left out
     if 0 < top_k < V or top_p < 1:
-        logits, order = logits.topk(min(top_k or V, V))             # (B, k), the most likely first
-    reached = logits.softmax(-1).cumsum(-1)                         # (B, k)
-    last = (reached[:, :-1] < top_p).sum(-1, keepdim=True)          # (B, 1): the choice that reaches top_p
-    # One random number a row, without the sync that multinomial needs or noise for each of its choices
-    each = len(logits) // len(generators)
-    point = torch.cat([torch.rand(each, 1, generator=g, device=logits.device) for g in generators])     # (B, 1)
-    chosen = torch.searchsorted(reached, point * reached.gather(-1, last), right=True)
+        logits, order = logits.topk(min(top_k or V, V))             # (B, k), the likeliest first
+    reached = logits.softmax(-1).cumsum(-1)                         # (B, V or k)
+    last = (reached[:, :-1] < top_p).sum(-1, keepdim=True)          # (B, 1), the choice that reaches top_p
+    chosen = torch.searchsorted(reached, points[:, None] * reached.gather(-1, last), right=True)     # (B, 1)
     return (chosen if order is None else order.gather(-1, chosen))[:, 0]
 
 
@@ -80,12 +82,14 @@ def prefill(model, table, prompts, room, constant=False):
     cache = Cache(model.config, len(unique), longest, model.device, model.dtype, padding)
     x = model.model(ids, table, cache=cache)[:, -1]                 # (unique, D)
     rows = torch.tensor([unique.index(tuple(p)) for p in prompts], device=model.device)
-    reach = -(-(longest + room) // 64) * 64 if constant else None
-    return cache.select(rows, reach or longest + room, reach), x[rows]
+    slots = longest + room
+    if constant:
+        slots = math.ceil(slots / 64) * 64
+    return cache.select(rows, slots, reach=slots if constant else None), x[rows]
 
 
 def decode_one(model, table, ids, cache):
-    """The next ids (B,) -> x (B, D)."""
+    """The ids chosen last (B,) -> x (B, D), from which the next logits follow."""
     return model.model(ids[:, None], table, cache=cache)[:, -1]
 
 
@@ -114,18 +118,21 @@ def generate(model, prompts, n, allowed=None, negatives=None, guidance=1.0, temp
         raise ValueError(f"{len(negatives)} negatives for {len(prompts)} prompts")
     guided = negatives is not None and guidance != 1
     table = model.model.table()
-    cache, x = prefill(model, table, list(prompts) + list(negatives) if guided else list(prompts), n - 1, compile)
+    cache, x = prefill(model, table, [*prompts, *negatives] if guided else prompts, n - 1, compile)
     step = compiled(model.device.type) if compile else decode_one
+    # With a generator of its own, a row's random numbers, and so its choices, do not depend on its batch
     generators = generator if isinstance(generator, list) else [generator]
+    each = len(prompts) // len(generators)
+    points = torch.cat([torch.rand(each, n, generator=g, device=model.device) for g in generators])     # (B, n)
     stops = torch.tensor(sorted(stop or ()), device=model.device, dtype=torch.long)
-    out = torch.empty(len(prompts), n, dtype=torch.long, device=model.device)
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
+    out = torch.zeros(len(prompts), n, dtype=torch.long, device=model.device)
     for i in range(n):
-        logits = model.logits(x, table, (first, past_last))         # (B or 2B, V)
-        ids = first + choose(guide(logits, guidance) if guided else logits, temperature, top_k, top_p, generators)
-        if len(stops) and i:                                        # from the second token on
-            ids = torch.where(ended, out[:, i - 1], ids)
-        out[:, i] = ids
-        if len(stops):
+        logits = model.logits(x, table, (first, past_last))         # (B, or 2B when guided, V)
+        logits = guide(logits, guidance) if guided else logits      # (B, V)
+        ids = first + choose(logits, points[:, i], temperature, top_k, top_p)
+        ids = out[:, i] = torch.where(ended, out[:, i - 1], ids)    # nothing has ended at i = 0
+        if stop:
             ended = torch.isin(ids, stops)
             if ended.all():
                 out[:, i:] = ids[:, None]
@@ -141,12 +148,12 @@ def generate(model, prompts, n, allowed=None, negatives=None, guidance=1.0, temp
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen; text is greedy unless it is asked otherwise."""
-    guidance: float = 1.5
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    guidance: float = 1.5       # 1: none
+    temperature: float = 1.0    # 0: always the likeliest
+    top_k: int = 0              # 0: all
+    top_p: float = 1.0          # 1: all
     seed: int = 0
-    batch: int = 64
+    batch: int = 64             # prompts, or pictures, at a time
 
     def __post_init__(self):
         t = self.temperature
@@ -183,6 +190,11 @@ class Run:
     def device(self):
         return self.model.device
 
+    @property
+    def side(self):
+        """Pixels of a picture."""
+        return self.grid[0] * self.vqgan.config.f
+
 
 def device_of(name="auto"):
     """cuda, else mps, else cpu."""
@@ -203,26 +215,37 @@ def fitting(path):
         raise ValueError(f"{path}: does not fit: {' '.join(str(error).split())[:300]}") from None
 
 
+LAYOUT = "nanoliquid.json"      # beside exported weights; says what model.pt says besides weights, under the same names
+
+
+def read_model(path) -> dict:
+    """A model.pt; what nobody asks for, such as the optimizer's state, stays on the disk."""
+    checkpoint = read_checkpoint(path, mmap=True)
+    if checkpoint.get("format") != "nanoLiquid model 1" or "model" not in checkpoint:
+        raise ValueError(f"{path}: not a model of this project")
+    return checkpoint
+
+
 def load(run, vqgan=None, device="auto", dtype=torch.float32) -> Run:
     """Read a run folder, or a Hugging Face folder that `export` wrote or that Liquid published (with its VQGAN).
 
     Raises ValueError, naming the file, when something is missing or does not fit.
     """
-    folder, device = Path(run), device_of(device)
-    vqgan_path = vqgan or folder / "vqgan.pt"
-    if (folder / "model.pt").exists() or not list(folder.glob("model*.safetensors")):
-        file = folder / "model.pt"      # says what LAYOUT says, under the same names
-        if not file.exists():
-            raise ValueError(f"{file}: no such file; `python train.py --out {folder}` makes it")
+    folder, device, layout = Path(run), device_of(device), {}
+    file, vqgan_path = folder / "model.pt", vqgan or folder / "vqgan.pt"
+    if file.exists():                                   # a run of train.py
         layout = read_model(file)
         with fitting(file):
-            model = Transformer(ModelConfig(**layout["model_config"]))
+            with torch.device("meta"):                  # shapes alone: no random weights, which take a 7B minutes
+                model = Transformer(ModelConfig(**layout["model_config"]))
+            model = model.to(dtype).to_empty(device=device)
             model.load_state_dict(layout["model"])
-            model = model.to(device, dtype)
-    else:
+    elif any(folder.glob("model*.safetensors")):        # an export, with a LAYOUT; or published by Liquid, without
         file, model = folder / LAYOUT, Transformer.from_pretrained(folder, dtype, device)
         with fitting(file):
             layout = json.loads(data.read_utf8(file)) if file.exists() else {}
+    else:
+        raise ValueError(f"{file}: no such file; `python train.py --out {folder}` makes it")
     vqgan = VQGAN.load(vqgan_path, device)
     if not layout:          # as published: the image rows are the last ones, pictures are squares of 512 pixels
         tokenizer, codes = data.PretrainedTokenizer.load(folder), vqgan.config.n_embed
@@ -237,9 +260,6 @@ def load(run, vqgan=None, device="auto", dtype=torch.float32) -> Run:
     if fingerprint != vqgan.fingerprint():
         raise ValueError(f"{vqgan_path}: not the VQGAN whose codes the model in {folder} was trained on")
     return run
-
-
-LAYOUT = "nanoliquid.json"
 
 
 def export(run, folder, source=None):
@@ -262,14 +282,6 @@ def export(run, folder, source=None):
     (folder / LAYOUT).write_text(json.dumps(layout))
 
 
-def read_model(path) -> dict:
-    """A model.pt; what nobody asks for, such as the optimizer's state, stays on the disk."""
-    checkpoint = read_checkpoint(path, mmap=True)
-    if checkpoint.get("format") != "nanoLiquid model 1" or "model" not in checkpoint:
-        raise ValueError(f"{path}: not a model of this project")
-    return checkpoint
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The four tasks
 
@@ -277,9 +289,15 @@ def batches(items, size):
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
-def generators(run, sampling, numbers):
-    """A generator for each numbered item, so that it comes out the same in any batch; CPUs keep 32 bits of a seed."""
-    return [torch.Generator(run.device).manual_seed(sampling.seed * 1_000_003 + i) for i in numbers]
+def in_batches(run, prompts, n, allowed, s, numbers=None, negative=None, stop=None):
+    """generate, s.batch prompts at a time -> yields ids (B, n); numbers (0, 1, ...) seed each prompt apart."""
+    numbers = range(len(prompts)) if numbers is None else numbers
+    for part, own in zip(batches(prompts, s.batch), batches(numbers, s.batch)):
+        # A seed for each, so that it comes out the same in any batch. CPUs keep 32 bits of a seed, in which an odd
+        # factor lets no two of --seed fall together.
+        seeded = [torch.Generator(run.device).manual_seed(s.seed * 1_000_003 + i) for i in own]
+        yield generate(run.model, part, n, allowed, negative and [negative] * len(part), s.guidance, s.temperature,
+                       s.top_k, s.top_p, stop, seeded, run.compile)
 
 
 def require_room(run, prompts, n=1):
@@ -292,42 +310,32 @@ def require_room(run, prompts, n=1):
 
 def text_to_image(run, prompts, sampling=None, numbers=None):
     """Draw each prompt -> list of images; numbers (default 0, 1, ...) seed each of them apart, whatever their batch."""
-    s, (h, w), images = sampling or run.sampling, run.grid, []
-    numbers = range(len(prompts)) if numbers is None else numbers
-    negative = data.render_t2i(run.vocab, run.tokenizer, None)[0]
-    for part in batches(list(zip(prompts, numbers)), s.batch):
-        positives = [data.render_t2i(run.vocab, run.tokenizer, p)[0] for p, _ in part]
-        require_room(run, positives, h * w)
-        ids = generate(run.model, positives, h * w, run.vocab.image_rows, [negative] * len(part), s.guidance,
-                       s.temperature, s.top_k, s.top_p, generator=generators(run, s, [i for _, i in part]),
-                       compile=run.compile)
+    (h, w), images = run.grid, []
+    negative, *positives = [data.render_t2i(run.vocab, run.tokenizer, p)[0] for p in (None, *prompts)]
+    require_room(run, positives, h * w)
+    for ids in in_batches(run, positives, h * w, run.vocab.image_rows, sampling or run.sampling, numbers, negative):
         images += map(data.to_image, run.vqgan.decode(run.vocab.ids_to_codes(ids).view(-1, h, w)))
     return images
 
 
-def to_pixels(run, images):
-    """Images of any size -> pixels (B, 3, size, size) in the form that the run was trained on."""
-    size = run.grid[0] * run.vqgan.config.f
-    return torch.cat([data.to_pixels(data.fit(image, size, run.pad)) for image in images]).to(run.device)
+def fitted(run, images):
+    """Images of any size -> pixels (B, 3, side, side) as the run was trained on."""
+    return torch.cat([data.to_pixels(data.fit(image, run.side, run.pad)) for image in images]).to(run.device)
 
 
 def encode(run, images):
     """Images of any size -> codes (h, w) of each."""
-    return [codes for part in batches(images, 64) for codes in run.vqgan.encode(to_pixels(run, part))]
+    return [codes for part in batches(images, run.sampling.batch) for codes in run.vqgan.encode(fitted(run, part))]
 
 
 def write(run, prompts, n, sampling=None, numbers=None):
-    """Continue prompts (lists of ids) with up to n tokens of text -> strings; numbers as in text_to_image."""
-    s, texts = sampling or replace(run.sampling, temperature=0.0), []
+    """Continue prompts (lists of ids) with up to n tokens of text, usually greedily; numbers as in text_to_image."""
+    s, n = sampling or replace(run.sampling, temperature=0.0), min(n, require_room(run, prompts))
     stop = {run.vocab.eos, *run.tokenizer.stops}
-    n = min(n, require_room(run, prompts))
-    for part in batches(list(zip(prompts, range(len(prompts)) if numbers is None else numbers)), s.batch):
-        ids = generate(run.model, [p for p, _ in part], n, run.vocab.text_rows,
-                       temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, stop=stop,
-                       generator=generators(run, s, [i for _, i in part]), compile=run.compile)
+    texts = []
+    for ids in in_batches(run, prompts, n, run.vocab.text_rows, s, numbers, stop=stop):
         for row in ids.tolist():
-            end = next((i for i, token in enumerate(row) if token in stop), n)
-            texts.append(run.tokenizer.decode(row[:end]))
+            texts.append(run.tokenizer.decode(list(itertools.takewhile(lambda i: i not in stop, row))))
     return texts
 
 
@@ -352,15 +360,18 @@ def complete(run, texts, sampling=None, n=60):
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
 
+def mean(values):
+    values = [float(v) for v in values]
+    return sum(values) / len(values) if values else None
+
 @torch.inference_mode()
 def losses(model, examples, batch=32):
     """examples, a list of (ids, targets) of any lengths -> summed nll of each, and the number of targets of each."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
     sums, counts = torch.zeros(len(examples)), torch.zeros(len(examples))
     for part in batches(order, batch):
-        longest = len(examples[part[-1]][0])
-        ids, targets = (torch.tensor([list(examples[i][k]) + [fill] * (longest - len(examples[i][k])) for i in part],
-                                     device=model.device) for k, fill in ((0, 0), (1, data.IGNORE)))
+        ids = pad_sequence([torch.tensor(examples[i][0]) for i in part], True).to(model.device)
+        targets = pad_sequence([torch.tensor(examples[i][1]) for i in part], True, data.IGNORE).to(model.device)
         sums[part] = model(ids, targets=targets).sum(1).cpu()       # what is padded on the right is seen by nobody
         counts[part] = (targets != data.IGNORE).sum(1).float().cpu()
     return sums, counts
@@ -373,28 +384,24 @@ def code_accuracy(run, pictures):
     for p in pictures:
         example = data.render_t2i(run.vocab, run.tokenizer, p.captions[0], *encode(run, [p.open()]))
         ids, targets = (torch.tensor(x, device=run.device) for x in example)
-        drawn = (first <= targets) & (targets < past_last)
-        right += (first + run.model(ids[None])[0, drawn, first:past_last].argmax(-1) == targets[drawn]).tolist()
+        is_code = (first <= targets) & (targets < past_last)
+        likeliest = first + run.model(ids[None])[0, is_code, first:past_last].argmax(-1)
+        right += (likeliest == targets[is_code]).tolist()
     return mean(right)
 
 
 def score_drawings(images, wanted):
     """Drawn images against scenes -> (share drawn exactly, share of the wanted objects found)."""
-    drawn = [data.grade(image) for image in images]
-    objects = [o in scene.objects for scene, want in zip(drawn, wanted) for o in want.objects]
-    return mean(a == b for a, b in zip(drawn, wanted)), mean(objects)
-
-
-def mean(values):
-    values = [float(v) for v in values]
-    return sum(values) / len(values) if values else None
+    found = [data.grade(image) for image in images]
+    objects = [o in scene.objects for scene, want in zip(found, wanted) for o in want.objects]
+    return mean(a == b for a, b in zip(found, wanted)), mean(objects)
 
 
 def score_reconstructions(run, pictures):
     """-> images, mean PSNR in dB (over [0, 1]), number of codes used"""
     images, psnrs, used = [], [], set()
-    for part in batches(pictures, 64):
-        pixels = to_pixels(run, [p.open() for p in part])
+    for part in batches(pictures, run.sampling.batch):
+        pixels = fitted(run, [p.open() for p in part])
         codes = run.vqgan.encode(pixels)
         decoded = run.vqgan.decode(codes)
         psnrs += (-10 * ((decoded - pixels) / 2).square().mean((1, 2, 3)).clamp(min=1e-10).log10()).tolist()
@@ -403,29 +410,30 @@ def score_reconstructions(run, pictures):
     return images, mean(psnrs), len(used)
 
 
-def bits_per_byte(run, texts, seen):
-    """Bits a byte that the model needs for texts and their ends, and those that byte frequencies in `seen` need."""
+def bits_per_byte(run, texts, train_texts):
+    """Bits a byte that the model needs for texts and their ends, and those that byte frequencies in training need."""
     sums, _ = losses(run.model, [data.render_text(run.vocab, run.tokenizer, text) for text in texts])
     size = sum(len(text.encode()) for text in texts)
-    counts = Counter(byte for text in seen for byte in text.encode())
-    total = sum(counts.values()) + 256
+    counts = Counter(byte for text in train_texts for byte in text.encode())
+    total = sum(counts.values()) + 256          # each byte counts once more than it was seen, lest one be impossible
     unigram = -sum(math.log2((counts[byte] + 1) / total) for text in texts for byte in text.encode())
     return float(sums.sum()) / math.log(2) / size, unigram / size
 
 
 def score_answers(run, split, train, limit):
     """Exact answers to one question about each picture, and those of always giving a question's most common answer."""
-    common = defaultdict(Counter)
-    for p in train:
-        for talk in p.talks:
-            common[talk[0][0]][talk[0][1]] += 1
-            common[None][talk[0][1]] += 1
+    common, overall = defaultdict(Counter), Counter({"": 0})
+    for question, reply in (talk[0] for p in train for talk in p.talks):
+        common[question][reply] += 1
+        overall[reply] += 1
     asked = [(p, *p.talks[i % len(p.talks)][0]) for i, p in enumerate(split) if p.talks][:limit]
-    if not asked:
-        return None, None
-    said = answer(run, [p.open() for p, _, _ in asked], [q for _, q, _ in asked])
-    guesses = [(common.get(q) or common[None] or Counter({"": 1})).most_common(1)[0][0] for _, q, _ in asked]
-    return mean(s == a for s, (_, _, a) in zip(said, asked)), mean(g == a for g, (_, _, a) in zip(guesses, asked))
+    blank, most = torch.zeros(run.grid, dtype=torch.long), run.model.config.max_position_embeddings
+    asked = [x for x in asked       # training has left longer ones out, too
+             if len(data.render_vqa(run.vocab, run.tokenizer, blank, [(x[1], None)])[0]) < most]
+    said = answer(run, [p.open() for p, _, _ in asked], [question for _, question, _ in asked])
+    guesses = [(common.get(question) or overall).most_common(1)[0][0] for _, question, _ in asked]
+    truth = [reply for _, _, reply in asked]
+    return mean(a == b for a, b in zip(said, truth)), mean(a == b for a, b in zip(guesses, truth))
 
 
 def score_cloze(run):
@@ -436,36 +444,34 @@ def score_cloze(run):
     return mean(a == b for a, b in zip(sums.view(len(truth), -1).argmin(1).tolist(), truth))
 
 
-def score_scenes(run, pictures, sampling):
+def score_scenes(run, pictures, reconstructions):
     """What is exact of built-in scenes when they are reconstructed, drawn from a caption, and captioned."""
     truth = [data.grade(p.open()) for p in pictures]
-    images, _, _ = score_reconstructions(run, pictures)
-    drawn, objects = score_drawings(text_to_image(run, [p.captions[0] for p in pictures], sampling), truth)
+    exact, objects = score_drawings(text_to_image(run, [p.captions[0] for p in pictures]), truth)
     captions = caption(run, [p.open() for p in pictures])
-    return {"reconstruction": mean(data.grade(image) == t for image, t in zip(images, truth)),
-            "caption": mean(data.read_description(c) == t for c, t in zip(captions, truth)),
-            "t2i": drawn, "objects": objects}
+    return {"reconstruction": score_drawings(reconstructions, truth)[0], "t2i": exact, "objects": objects,
+            "caption": mean(data.read_description(c) == t for c, t in zip(captions, truth))}
 
 
 def readable(picture) -> bool:
     try:
-        return picture.open is not None and picture.open() is not None
+        return picture.open is not None and picture.open() is not None      # what came as codes has no file to open
     except ValueError:
         return False
 
 
-def evaluate(run, splits, n=200, sampling=None) -> dict:
+def evaluate(run, splits, n=200) -> dict:
     """All scores of a run on pictures and texts that it never trained on; what a source cannot tell is None."""
     val, train = splits["val"], splits["train"]
     pictures, trained = (list(itertools.islice(filter(readable, split.pictures), n)) for split in (val, train))
-    _, psnr, used = score_reconstructions(run, pictures)
+    images, psnr, used = score_reconstructions(run, pictures)
     accuracy, majority = score_answers(run, pictures, train.pictures, n)
     bits, unigram = bits_per_byte(run, val.texts, train.texts) if val.texts else (None, None)
-    seen, unseen = {}, {}
+    seen, unseen = {}, {}       # scores of scenes
     if "unseen" in splits:
-        parts = pictures, splits["unseen"].pictures[:n]
-        seen, unseen = (score_scenes(run, part, sampling) if part else {} for part in parts)
-        seen["cloze"] = score_cloze(run)
+        withheld = splits["unseen"].pictures[:n]
+        seen = score_scenes(run, pictures, images) | {"cloze": score_cloze(run)}
+        unseen = score_scenes(run, withheld, score_reconstructions(run, withheld)[0]) if withheld else {}
     else:
         captioned = [p for p in pictures if p.captions]
         said = caption(run, [p.open() for p in captioned])
@@ -511,7 +517,7 @@ def read_runs(path) -> list[Trained]:
     size = sum(tensor.numel() for name, tensor in weights.items() if ".layers." in name)
     with fitting(folder / "log.jsonl"):
         lines = [line for _, line in data.read_jsonl(folder / "log.jsonl")]
-        curve = [(6 * size * line["step"] * config["rows"] * config["context"],
+        curve = [(6 * size * line["step"] * config["rows"] * config["context"],     # 2 FLOPs forward, 4 backward
                   {name: loss for name, loss in line.items() if name.startswith("val_")})
                  for line in lines if line["act"] == 3 and any(name.startswith("val_") for name in line)]
         if not curve:
@@ -532,10 +538,8 @@ def grouped(runs) -> tuple[list[str], dict[tuple, list[Trained]]]:
 
 
 def fit_line(x, y):
-    """Least squares -> slope, intercept, R squared."""
-    (slope, intercept), y = np.polyfit(x, y, 1), np.asarray(y)
-    rest = y - (slope * np.asarray(x) + intercept)
-    return slope, intercept, 1 - rest.var() / y.var()
+    """Least squares -> slope, R squared."""
+    return np.polyfit(x, y, 1)[0], np.corrcoef(x, y)[0, 1] ** 2
 
 
 def mean_and_spread(values) -> str:
@@ -561,11 +565,11 @@ def print_laws(groups, loss, score):
     """How the loss follows from compute, if the sizes differ, and the score from the loss; each run is a point."""
     runs = [run for group in groups.values() for run in group if loss in run.results]
     if len({run.size for run in runs}) > 2:
-        slope, _, r2 = fit_line(*np.log([(run.curve[-1][0], run.results[loss]) for run in runs]).T)
+        slope, r2 = fit_line(*np.log([(run.curve[-1][0], run.results[loss]) for run in runs]).T)
         print(f"{loss} ~ FLOPs^{slope:.3f} at the end of training (R squared {r2:.3f}, {len(runs)} runs)")
     scored = [(run.results[loss], run.results[score]) for run in runs if score in run.results]
     if len(scored) > 2:
-        slope, _, r2 = fit_line(*zip(*scored))
+        slope, r2 = fit_line(*zip(*scored))
         print(f"{score} ~ {slope:.3f} {loss} (R squared {r2:.3f}, {len(scored)} runs)")
 
 
@@ -611,27 +615,29 @@ def sweep(paths, option, values, n=200, plot=None, save=None):
     plot: a row of drawings for each value.
     """
     runs, values, kind = [load(path) for path in paths], values.split(","), type(getattr(Sampling(), option))
-    if any(run.config.get("data", "") is not None for run in runs):
+    if any(run.config.get("data", "") is not None for run in runs):     # None: scenes; published weights have no "data"
         raise ValueError(f"sweep {' '.join(paths)}: only runs of train.py on built-in scenes can be scored")
+    base = runs[0].sampling
+    if option in ("top_k", "top_p") and base.temperature == 0:
+        base = replace(base, temperature=1.0)       # greedily, these two would change nothing
     try:
-        choices = [replace(runs[0].sampling, **{option: kind(value)}) for value in values]
+        choices = [replace(base, **{option: kind(value)}) for value in values]
     except ValueError as error:
         raise ValueError(f"--values {','.join(values)}: {error}") from None
     if len({run.config["withheld"] for run in runs}) > 1:
         raise ValueError(f"sweep {' '.join(paths)}: runs with different --withheld have seen different scenes")
-    side, withheld = runs[0].grid[0] * runs[0].vqgan.config.f, runs[0].config["withheld"]
-    splits = data.built_in(0, side, withheld, train=1, val=n, unseen=n)
+    splits = data.built_in(0, runs[0].side, runs[0].config["withheld"], train=1, val=n, unseen=n)
     scenes = {"t2i_exact": splits["val"].pictures, "t2i_unseen_combinations": splits["unseen"].pictures}
     wanted = {name: ([p.captions[0] for p in pictures], [data.grade(p.open()) for p in pictures])
               for name, pictures in scenes.items() if pictures}
     rows, sheet = [], []
     for value, choice in zip(values, tqdm(choices, desc=option)):
-        scores = {name: [score_drawings(text_to_image(run, prompts, choice), truth)[0] for run in runs]
-                  for name, (prompts, truth) in wanted.items()}
-        rows.append({option: value} | scores)
+        rows.append({option: value})
+        for name, (prompts, truth) in wanted.items():
+            rows[-1][name] = [score_drawings(text_to_image(run, prompts, choice), truth)[0] for run in runs]
         if plot:
             sheet += text_to_image(runs[0], [max(wanted["t2i_exact"][0], key=len)] * 8, choice)
-    print_table(rows[0], [[value, *map(mean_and_spread, scores)] for value, *scores in map(dict.values, rows)])
+    print_table(rows[0], [[row[option], *(mean_and_spread(row[name]) for name in wanted)] for row in rows])
     if plot:
         data.grid(sheet, 8).save(plot)
     if save:
@@ -647,37 +653,40 @@ def missing(paths):
     return [i for i in range(rank, len(paths), world) if not paths[i].exists()]
 
 
-def draw_command(run, args, sampling):
+def draw_command(run, args):
     lines = data.read_utf8(args.prompts).splitlines() if args.prompts else [args.prompt]
     prompts = [line for line in lines if line and line.strip()]
     if not prompts:
         raise ValueError("t2i needs a prompt, or --prompts FILE")
     if not args.prompts:
-        text_to_image(run, prompts, sampling)[0].save(args.out)
+        text_to_image(run, prompts)[0].save(args.out)
         return print(args.out)
     paths = [Path(args.save_dir, f"{i:05d}.png") for i in range(len(prompts))]
-    for part in tqdm(batches(missing(paths), sampling.batch), desc="draw"):
-        for i, image in zip(part, text_to_image(run, [prompts[i] for i in part], sampling, part)):
+    for part in tqdm(batches(missing(paths), run.sampling.batch), desc="draw"):
+        for i, image in zip(part, text_to_image(run, [prompts[i] for i in part], numbers=part)):
             data.write_atomically(paths[i], lambda file: image.save(file, "PNG"))
 
 
-def caption_command(run, args, sampling):
+def caption_command(run, args, words):
     if not Path(args.picture).is_dir():
-        return print(caption(run, [data.load_image(args.picture)], sampling, args.n)[0])
+        return print(caption(run, [data.load_image(args.picture)], words, args.n)[0])
     files = data.picture_files(args.picture)
     if not files:
         raise ValueError(f"{args.picture}: no pictures in it")
     paths = [Path(args.save_dir, file.relative_to(args.picture)).with_suffix(".txt") for file in files]
-    for part in tqdm(batches(missing(paths), sampling.batch), desc="caption"):
+    path, times = Counter(paths).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"{args.picture}: {times} pictures in it would share the caption {path}")
+    for part in tqdm(batches(missing(paths), words.batch), desc="caption"):
         images = {}
         for i in part:
             try:
                 images[i] = data.load_image(files[i])
             except ValueError as error:
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
-        captions = caption(run, list(images.values()), sampling, args.n, list(images)) if images else []
-        for i, words in zip(images, captions):
-            data.write_atomically(paths[i], lambda file: file.write(f"{words}\n".encode()))
+        captions = caption(run, list(images.values()), words, args.n, list(images)) if images else []
+        for i, text in zip(images, captions):
+            data.write_atomically(paths[i], lambda file: file.write(f"{text}\n".encode()))
 
 
 def parser():
@@ -694,10 +703,12 @@ def parser():
         p.add_argument("--device", default="auto")
         p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the transformer's weights")
         p.add_argument("--compile", action="store_true", help="the decode step: slow to start, then faster")
-        p.add_argument("--n", type=int, default=200 if name == "eval" else 80, help="examples to score, or tokens")
+        if name not in ("t2i", "export"):
+            p.add_argument("--n", type=int, default=200 if name == "eval" else 80, help="examples to score, or tokens")
         for key, default in vars(Sampling()).items():
-            spellings = dict.fromkeys((f"--{key.replace('_', '-')}", f"--{key}"))
-            p.add_argument(*spellings, type=type(default), help=f"usually {default}")
+            if name != "export" and (key != "guidance" or name in ("t2i", "eval")):
+                usual = default if key in ("seed", "batch") else "what suits the run; words are greedy"
+                p.add_argument(f"--{key.replace('_', '-')}", f"--{key}", type=type(default), help=f"left out: {usual}")
         if name in ("t2i", "i2t"):
             p.add_argument("--save-dir", "--save_dir", default="drawn" if name == "t2i" else "captions", metavar="DIR")
         if name == "t2i":
@@ -713,7 +724,7 @@ def parser():
     p = commands.add_parser("sweep")
     p.add_argument("runs", nargs="+", metavar="RUN", help="trained on built-in scenes")
     p.add_argument("--option", choices=["guidance", "temperature", "top_k", "top_p"], default="guidance")
-    p.add_argument("--values", default="1,1.5,3,5,7,15", metavar="X,Y")
+    p.add_argument("--values", required=True, metavar="X,Y", help="numbers between commas")
     p.add_argument("--n", type=int, default=200, help="held-out scenes")
     p.add_argument("--plot", metavar="PNG", help="eight drawings of the longest prompt for each value, row by row")
     p.add_argument("--save", metavar="JSON")
@@ -725,17 +736,16 @@ def main(argv=None):
     try:
         if args.command == "compare":
             return compare(args.runs, args.loss, args.score, args.show, args.plot, args.save)
-        if args.n < 1:
+        if getattr(args, "n", 1) < 1:
             raise ValueError(f"--n {args.n}: expected a number from 1")
         if args.command == "sweep":
             return sweep(args.runs, args.option, args.values, args.n, args.plot, args.save)
         run = load(args.run, args.vqgan, args.device, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype])
-        run.compile = args.compile
-        given = {k: getattr(args, k) for k in vars(run.sampling) if getattr(args, k) is not None}
-        sampling = replace(run.sampling, **given)
-        words = replace(sampling, temperature=given.get("temperature", 0.0))    # text is greedy by default
+        given = {k: v for k in vars(run.sampling) if (v := getattr(args, k, None)) is not None}
+        run = replace(run, sampling=replace(run.sampling, **given), compile=args.compile)
+        words = replace(run.sampling, temperature=given.get("temperature", 0.0))    # text is greedy by default
         if args.command == "t2i":
-            draw_command(run, args, sampling)
+            draw_command(run, args)
         elif args.command == "i2t":
             caption_command(run, args, words)
         elif args.command == "vqa":
@@ -749,9 +759,8 @@ def main(argv=None):
             c = run.config
             if "data" not in c:
                 raise ValueError(f"--run {args.run}: eval needs a run of train.py, which knows its data")
-            side, passage = run.grid[0] * run.vqgan.config.f, c.get("passage", 160)
-            splits = data.load_source(c["data"], c["text"], side, c["withheld"], passage)
-            print_scores(evaluate(run, splits, args.n, sampling))
+            splits = data.load_source(c["data"], c["text"], run.side, c["withheld"], c.get("passage", 160))
+            print_scores(evaluate(run, splits, args.n))
     except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {error}")
 

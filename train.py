@@ -11,7 +11,10 @@
 `python train.py --help` explains every flag. A run folder holds config.json, vqgan.pt, codes/, model.pt,
 log.jsonl and samples/; `--resume` goes on with one that was interrupted.
 
-B batch   R rows   T positions   K codes   h, w code grid
+On a first reading, begin with `train` near the end, then read the three acts. What stands before act 1 are tools:
+flags, processes and faults, what wraps the model, optimizers.
+
+B batch   R rows   T positions   K codes   e dimensions of a code   f pixels that a code is wide   h, w code grid
 """
 
 import argparse
@@ -41,7 +44,7 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -55,6 +58,7 @@ from vqgan import (Discriminator, Perceptual, ResnetBlock, VQGAN, VQGANConfig, a
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: one dataclass, turned into flags. None means: chosen by `resolve` from the data.
 
+# From least to most, for the numbers of Config:
 RANGES = {(1, math.inf): """passage save_every eval_every log_every image_size vq_steps vq_batch vq_restart_every ch
                             patch z_channels codes code_dim steps rows context accumulate hidden_size layers heads""",
           (0, math.inf): """workers res_blocks words eval_n skip_nonfinite vq_lr vq_lr_adam lr lr_adam weight_decay clip
@@ -84,7 +88,7 @@ class Config:
     text: str | None = None             # .txt or .jsonl of texts; none: built-in English (with the built-in scenes)
     passage: int = 160                  # characters of the pieces that --text is cut into, each an example
     preset: str = "laptop"              # differences from these defaults, see PRESETS
-    seed: int = 0
+    seed: int = 0                       # of first weights, batches and noise; the built-in scenes stay the same
     device: str = "auto"                # cuda, mps or cpu; auto takes the first there is
     workers: int | None = None          # processes that read pictures
     compile: bool = False               # torch.compile each block
@@ -103,43 +107,43 @@ class Config:
     pad: bool = False                   # pad pictures to a square instead of cropping their centre
     vqgan: str | None = None            # take this tokenizer instead of training one
     shards: str | None = None           # folder of codes, filled by one run, that others share; none: OUT/codes
-    vq_steps: int | None = None
-    vq_batch: int = 32
+    vq_steps: int | None = None         # steps of the tokenizer
+    vq_batch: int = 32                  # pictures of a step, over all processes
     vq_lr: float = 0.03                 # of Muon, for kernels
     vq_lr_adam: float = 2e-3            # of AdamW, for everything else
     vq_continuous: float = 0.04         # share of the steps before the codebook is made, by k-means, and used
     vq_restart_every: int = 50          # steps after which unused codes restart
-    ch: int = 64
-    ch_mult: tuple[int, ...] | None = None
+    ch: int = 64                        # channels of the first level
+    ch_mult: tuple[int, ...] | None = None  # channels of each level, in units of ch; all but the last halve h and w
     res_blocks: int | None = None       # residual blocks of a level
-    patch: int | None = None
-    z_channels: int = 64
-    codes: int | None = None            # K
-    code_dim: int = 8                   # e
-    l2_norm: bool = True
+    patch: int | None = None            # pixels of a side that the first convolution sees as one
+    z_channels: int = 64                # channels between the networks and the code vectors
+    codes: int | None = None            # K, size of the codebook
+    code_dim: int = 8                   # e, dimensions of a code vector
+    l2_norm: bool = True                # compare code vectors as directions
     perceptual: str | None = None       # weights of VGG16 with linear heads, for a perceptual loss
     adversarial: float = 0.0            # weight of the discriminator's loss
     adversarial_start: float = 0.5      # share of the steps before it begins
     # act 3, the transformer
-    steps: int | None = None
-    mix: str = "t2i=6,i2t=2,vqa=6,text=1"
+    steps: int | None = None            # steps of the transformer
+    mix: str = "t2i=6,i2t=2,vqa=6,text=1"   # how often each task is drawn: drawing, captioning, questions, text
     rows: int = 8                       # of a batch, over all processes
     context: int | None = None          # positions of a row
     accumulate: int = 1                 # parts that a batch is computed in, to save memory
     optimizer: str = "muon"             # muon (AdamW for what is no matrix) or adamw
     lr: float = 0.014                   # of Muon, for matrices
     lr_adam: float = 3e-3               # of AdamW, for everything else
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0           # of both
     warmup: float = 0.03                # share of the steps
     clip: float = 1.0                   # gradient norm
-    z_loss: float = 0.0
+    z_loss: float = 0.0                 # weight of logsumexp squared, which keeps logits small
     uncond: float = 0.1                 # share of drawings whose words are dropped
     code_noise: float | None = None     # noise on the vectors of codes to draw, in standard deviations of the codebook
     words: int | None = None            # size of the learned word vocabulary
     image_rows: str = "codebook"        # rows of the table for codes: free, or a function of the VQGAN's codebook
-    hidden_size: int = 128
-    layers: int = 4
-    heads: int = 4
+    hidden_size: int = 128              # D; with --init all sizes are the folder's
+    layers: int = 4                     # blocks
+    heads: int = 4                      # of attention in each block
     eval_n: int = 200                   # held-out pictures to score at the end; 0: no scores
 
     def __post_init__(self):
@@ -156,6 +160,11 @@ class Config:
             raise ValueError(f"--ch_mult {','.join(map(str, self.ch_mult))}: expected numbers from 1")
         parse_mix(self.mix)
 
+    @property
+    def f(self) -> int:
+        """How many pixels a code is wide, once `resolve` has chosen patch and ch_mult."""
+        return self.patch * 2 ** (len(self.ch_mult) - 1)
+
 
 PRESETS = {
     "laptop": {},
@@ -169,8 +178,7 @@ PRESETS = {
 
 
 # The paper's fine-tuning: with --init these replace the preset's values, and flags replace both.
-FINETUNE = dict(optimizer="adamw", lr_adam=2e-5, weight_decay=0.0, warmup=0.03, rows=16, context=2048, passage=4000,
-                image_rows="free", code_noise=0.0)
+FINETUNE = dict(optimizer="adamw", lr_adam=2e-5, rows=16, context=2048, passage=4000, image_rows="free", code_noise=0.0)
 
 
 def add_flags(parser):
@@ -191,16 +199,19 @@ def add_flags(parser):
         parser.add_argument(f"--{f.name}", **options)
 
 
+def readable(pictures, most):
+    """Images of the first pictures that have files; encode_pictures names and counts those that cannot be read."""
+    for p in [p for p in pictures if p.open][:most]:
+        try:
+            yield p.open()
+        except ValueError:
+            continue
+
+
 def typical_size(pictures, f, most=128):
     """The median shorter side of the first readable pictures, between 64 and most, rounded down to a multiple of f."""
-    sides = []
-    for p in pictures[:50]:
-        if p.open:
-            try:
-                sides.append(min(p.open().size))
-            except ValueError:
-                continue            # encode_pictures names and counts it
-    side = sorted(sides)[len(sides) // 2] if sides else 64
+    sides = sorted(min(image.size) for image in readable(pictures, 50))
+    side = sides[len(sides) // 2] if sides else 64
     return max(f, min(max(side, 64), most) // f * f)
 
 
@@ -218,11 +229,10 @@ def resolve(cfg, splits, vqgan=None) -> Config:
                       vq_steps=min(20_000, 600 + pictures // 4), steps=min(50_000, 600 + pictures // 2),
                       code_noise=0.0, workers=min(4, os.cpu_count() or 1))
     cfg = dataclasses.replace(cfg, **{k: v for k, v in chosen.items() if getattr(cfg, k) is None})
-    f = cfg.patch * 2 ** (len(cfg.ch_mult) - 1)
     if cfg.image_size is None:
-        cfg.image_size = 64 if scenic else typical_size(splits["train"].pictures, f)
+        cfg.image_size = 64 if scenic else typical_size(splits["train"].pictures, cfg.f)
     if cfg.context is None:
-        cfg.context = 2 ** math.ceil(math.log2(max(256, 2 * (cfg.image_size // f) ** 2)))
+        cfg.context = 2 ** math.ceil(math.log2(max(256, 2 * (cfg.image_size // cfg.f) ** 2)))
     return cfg
 
 
@@ -231,7 +241,7 @@ def check(cfg, splits, world):
     def require(good, name, wanted):
         if not good:
             raise ValueError(f"--{name} {getattr(cfg, name)}: {wanted}")
-    f, mix, tasks = cfg.patch * 2 ** (len(cfg.ch_mult) - 1), parse_mix(cfg.mix), splits["train"].tasks()
+    f, mix, tasks = cfg.f, parse_mix(cfg.mix), splits["train"].tasks()
     codes, pictured = (cfg.image_size // f) ** 2, any(mix.get(task) for task in ("t2i", "i2t", "vqa"))
     require(cfg.ch % 32 == 0 or cfg.vqgan, "ch", "group norm needs a multiple of 32")
     require(cfg.image_size % f == 0, "image_size", f"a code is {f}x{f} pixels: choose a multiple of {f}")
@@ -249,7 +259,8 @@ def check(cfg, splits, world):
     require(not cfg.perceptual or Path(cfg.perceptual).is_file(), "perceptual", "no such file")
     require(cfg.train == "all" or cfg.init and not cfg.weight_decay, "train",
             "needs --init, and no --weight_decay, which would shrink the other rows")
-    if cfg.init:
+    require(cfg.image_rows == "free" or not cfg.init, "image_rows", "the model of --init has rows of its own")
+    if cfg.init:                    # what is wrong with the folder is found now, not after act 1
         folder = data.fetch(cfg.init)
         data.PretrainedTokenizer.load(folder)
         read_config(folder)
@@ -291,8 +302,9 @@ class Stop:
             raise Stopped(self.asked)
 
     def note(self, number, frame):
-        again, self.asked = self.asked, number
-        if not self.waits or again and number == signal.SIGINT:
+        impatient = self.asked and number == signal.SIGINT
+        self.asked = number
+        if impatient or not self.waits:
             raise Stopped(number)
 
 
@@ -328,9 +340,7 @@ class Process:
         """In place, over all processes, as one message."""
         if self.world > 1:
             gradients = [p.grad for p in parameters if p.grad is not None]
-            flat = self.sum(torch.cat([g.flatten() for g in gradients]))
-            for g, part in zip(gradients, flat.split([g.numel() for g in gradients])):
-                g.copy_(part.view_as(g))
+            nn.utils.vector_to_parameters(self.sum(nn.utils.parameters_to_vector(gradients)), gradients)
 
     def autocast(self, wanted=True):
         """bf16 on CUDA."""
@@ -402,14 +412,14 @@ def resumed(cfg, path, kind) -> dict | None:
     """The checkpoint to go on with; None for a fresh start. ValueError, naming the file, if it is something else."""
     if not (cfg.resume and path.exists()):
         return None
-    saved = read_checkpoint(path)
+    saved = read_checkpoint(path, mmap=cfg.shard)       # the processes of a node then share what each takes a part of
     if saved.get("format") != kind or not {"step", "skipped", "model", "optimizer", "random_state"} <= saved.keys():
         raise ValueError(f"{path}: not a checkpoint that this project can go on with")
     return saved
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Wide: what wraps the model, which knows nothing of it
+# Several devices: what wraps the model, which knows nothing of it
 
 def parallel(cfg, model, process):
     """Activation checkpointing, then compilation of each block, then data parallelism with whole or cut-up weights.
@@ -453,9 +463,8 @@ def full(x):
 
 def shard_like(p, x):
     """This process's part of a whole tensor x, cut up as p is: the inverse of `full`."""
-    if not isinstance(p, DTensor):
-        return x
-    return DTensor.from_local(x, p.device_mesh, [Replicate()], run_check=False).redistribute(placements=p.placements)
+    # src_data_rank=None: every process has x already, none needs it sent
+    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else x
 
 
 def gathered_state(state, process):
@@ -469,12 +478,14 @@ def gathered_state(state, process):
 
 
 def load_optimizers(optimizers, states):
-    """The inverse, for optimizers of whole or cut-up parameters."""
+    """Load what gathered_state made of the optimizers' states, cut up again as the parameters are."""
     for optimizer, state in zip(optimizers, states, strict=True):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        values = {i: {k: shard_like(parameters[i], v) if v.shape == parameters[i].shape else v for k, v in one.items()}
-                  for i, one in state["state"].items()}
-        optimizer.load_state_dict({**state, "state": values})
+        for i, values in state["state"].items():
+            for key, value in values.items():
+                if value.shape == parameters[i].shape:          # not AdamW's count of steps
+                    values[key] = shard_like(parameters[i], value)
+        optimizer.load_state_dict(state)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -493,6 +504,7 @@ def orthogonalize(g, steps=5):
     A step multiplies x by a polynomial of x x^T and leaves its singular vectors alone: so the small matrix x x^T takes
     all steps, and x their product at the end (Zhang, Amsel, Chen and Dao 2026, Gram Newton-Schulz).
     """
+    # Five steps with Jordan's coefficients take singular values from 0.006 to 1 to between 0.68 and 1.14.
     x = g / (g.norm(dim=(1, 2), keepdim=True) + 1e-7)
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
@@ -524,7 +536,7 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     momentum.lerp_(p.grad, 1 - group["momentum"])
-                    update = full(p.grad.lerp(momentum, group["momentum"])).flatten(1)      # Nesterov
+                    update = full(p.grad.lerp(momentum, group["momentum"])).flatten(1)  # Nesterov; kernels as matrices
                     updates[update.shape][p] = update
             for (rows, columns), alike in updates.items():
                 for p, update in zip(alike, orthogonalize(torch.stack(list(alike.values())))):
@@ -608,13 +620,14 @@ def gathered(process, x):
     if process.world == 1:
         return x
     parts = [None] * process.world
-    dist.all_gather_object(parts, x.cpu())
+    dist.all_gather_object(parts, x.cpu())      # the first of each, the second of each, ...
     return torch.stack([item for row in zip_longest(*parts) for item in row if item is not None]).to(x.device)
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def start_codebook(cfg, model, pictures, process):
-    """k-means of the encoder's vectors of some pictures."""
+    """k-means of the encoder's vectors of some pictures: 256, or as many as have 8 vectors a code."""
     count = min(len(pictures), max(256, 8 * cfg.codes // ((cfg.image_size // model.config.f) ** 2)))
     order = torch.randperm(len(pictures), generator=seeded(cfg, 0))[:count].tolist()
     parts = [order[i:i + cfg.vq_batch] for i in range(0, count, cfg.vq_batch)]
@@ -625,6 +638,7 @@ def start_codebook(cfg, model, pictures, process):
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def restart_codes(cfg, model, pixels, counts, step, process):
     """Codes that nothing was assigned to move to badly served vectors of the batch, the same ones on every process."""
     dead = (counts == 0).nonzero().flatten()
@@ -646,15 +660,11 @@ def report_usage(cfg, counts, step, process, log):
                       "try fewer --codes, more pictures or a larger --vq_continuous")
 
 
+@torch.compiler.set_stance("force_eager")
 def save_reconstructions(cfg, vqgan, splits, process):
     """Eight held-out pictures above what remains of them."""
     if process.first:
-        images = []
-        for p in [p for p in splits["val"].pictures if p.open][:8]:
-            try:
-                images.append(data.fit(p.open(), cfg.image_size, cfg.pad))
-            except ValueError:
-                continue            # encode_pictures names and counts it
+        images = [data.fit(image, cfg.image_size, cfg.pad) for image in readable(splits["val"].pictures, 8)]
         if images:
             pixels = torch.cat([data.to_pixels(image) for image in images]).to(process.device)
             decoded = map(data.to_image, vqgan.decode(vqgan.encode(pixels)))
@@ -675,7 +685,10 @@ def tokenizer_loss(cfg, model, out, pixels, perceptual, adversary):
 
 
 def learn_pictures(cfg, model, pixels, quantize, perceptual, adversary, process):
-    """Add a batch's gradients -> output, loss, this process's share of the pictures, norm of the gradients."""
+    """Add a batch's gradients -> output, loss, this process's share of the pictures, norm of the gradients.
+
+    They are summed by hand, for adaptive_weight takes gradients on the side, which DDP would not survive.
+    """
     share = len(pixels) / process.sum(torch.tensor(float(len(pixels)), device=process.device))
     out, learning = model(pixels, quantize), list(model.parameters())
     loss = tokenizer_loss(cfg, model, out, pixels, perceptual, adversary)
@@ -689,7 +702,11 @@ def learn_pictures(cfg, model, pixels, quantize, perceptual, adversary, process)
 
 
 def train_tokenizer(cfg, splits, process, log):
-    """-> RUN/vqgan.pt"""
+    """Act 1 -> the tokenizer, which RUN/vqgan.pt holds, too.
+
+    At first vectors pass unquantized; then k-means of them makes the codebook, whose unused codes restart elsewhere
+    while the rate is high; with --adversarial, a discriminator judges what is drawn from half of the steps on.
+    """
     path, pictures = Path(cfg.out) / "vqgan.pt", [p for p in splits["train"].pictures if p.open]
 
     # The networks:
@@ -703,7 +720,9 @@ def train_tokenizer(cfg, splits, process, log):
     # The optimizers:
     kernels = [p for p in model.parameters() if p.ndim == 4]
     optimizers = make_optimizers(kernels, model.parameters(), cfg.vq_lr, cfg.vq_lr_adam)
-    d_optimizers = make_optimizers([], discriminator.parameters(), 0, 2e-4, betas=(0.5, 0.9)) if discriminator else []
+    d_optimizers = []
+    if discriminator:       # taming's betas, at a constant rate
+        d_optimizers = make_optimizers([], discriminator.parameters(), 0, 2e-4, betas=(0.5, 0.9))
     counts, start = torch.zeros(cfg.codes, dtype=torch.long, device=process.device), 0
 
     # Where it was interrupted:
@@ -737,15 +756,21 @@ def train_tokenizer(cfg, splits, process, log):
         if pixels is None:
             raise ValueError(f"no picture of a whole batch, nor any behind them, could be read; the first: {errors[0]}")
         done, pixels = step + 1, pixels.to(process.device)
-        set_rate(optimizers, schedule(step, cfg.vq_steps, 0.03, decay=0.6))
+
+        # What takes part in this step, the codebook and the adversary:
         if step == quantize_from:
             start_codebook(cfg, model, pictures, process)
-        adversary = discriminator if step >= cfg.adversarial_start * cfg.vq_steps else None
         quantize = step >= quantize_from
+        adversary = discriminator if step >= cfg.adversarial_start * cfg.vq_steps else None
+
+        # Learn, unless a number is not finite on any process:
+        set_rate(optimizers, schedule(step, cfg.vq_steps, warmup=0.03, decay=0.6))
         out, loss, share, norm = learn_pictures(cfg, model, pixels, quantize, perceptual, adversary, process)
         total, asked = process.sum(torch.stack([loss * share, loss.new_tensor(process.stop.asked)])).tolist()
         sound = guard.passes(done, {"the loss of the tokenizer": total, "the gradient": norm.item()})
         step_all(optimizers + d_optimizers, sound)
+
+        # Restart codes that nothing is assigned to:
         if sound and quantize:
             counts += process.sum(out.codes.flatten().bincount(minlength=cfg.codes))
             if done % cfg.vq_restart_every == 0:
@@ -753,13 +778,16 @@ def train_tokenizer(cfg, splits, process, log):
                 if step < RESTARTS * cfg.vq_steps:
                     restart_codes(cfg, model, pixels, counts, step, process)
                 counts.zero_()
+
+        # Log, save, draw, stop:
         if sound and done % cfg.log_every == 0:
-            psnr = -10 * math.log10(process.sum(F.mse_loss(out.pixels.detach(), pixels) * share).item() / 4 + 1e-10)
+            error = process.sum(F.mse_loss(out.pixels.detach(), pixels) * share).item()
+            psnr = -10 * math.log10(error / 4 + 1e-10)      # of pixels in [0, 1], as usual; ours are in [-1, 1]
             log.write(1, done, loss=total, psnr=psnr)
             bar.set_postfix_str(f"loss {total:.3f} psnr {psnr:.1f} dB")
         if done % cfg.save_every == 0 or done == cfg.vq_steps or asked:
             save(done)
-        if done % cfg.eval_every == 0:
+        if quantize and done % cfg.eval_every == 0:
             save_reconstructions(cfg, model, splits, process)
         if asked:
             raise Stopped(process.stop.asked, f"stopped after step {done} of the tokenizer, which {path} holds")
@@ -781,6 +809,7 @@ def holds(path, pictures, fingerprint):
     return content(encoded) == content(rest) and skipped.keys() <= {p.name for p in pictures}
 
 
+@torch.compiler.set_stance("force_eager")
 def encode_shard(cfg, vqgan, pictures, path, fingerprint, device):
     skipped, done = {}, [p for p in pictures if p.codes is not None]
     side = cfg.image_size // vqgan.config.f
@@ -832,14 +861,15 @@ def encode_pictures(cfg, vqgan, splits, process, log) -> dict[str, data.Split]:
 
 def learn_words(cfg, train) -> data.WordTokenizer:
     """A text tokenizer from all words of the training split and of the templates, as they stand in there."""
-    pictures, chat = train.pictures, data.WordTokenizer.chat
-    talks = [words for p in pictures for talk in p.talks for q, a in talk for words in (q, chat.lead + a)]
-    captions = [caption for p in pictures for caption in p.captions]
-    fixed = [data.DRAW, data.CAPTION, *chat] * 3
-    return data.WordTokenizer.learn([*train.texts, *captions, *talks, *fixed], cfg.words)
+    chat = data.WordTokenizer.chat
+    said = [*train.texts, *(caption for p in train.pictures for caption in p.captions)]
+    for question, answer in (turn for p in train.pictures for talk in p.talks for turn in talk):
+        said += [question, chat.lead + answer]
+    said += [data.DRAW, data.CAPTION, *chat] * 3        # a word is learned from three times on
+    return data.WordTokenizer.learn(said, cfg.words)
 
 
-def text_side(cfg, train, vqgan):
+def text_vocabulary(cfg, train, vqgan):
     """-> text tokenizer, vocabulary: learned from the data, or those of the model to start from."""
     codes = vqgan.config.n_embed
     if cfg.init:
@@ -883,6 +913,7 @@ def validate(cfg, run, tasks, process, most=96) -> dict[str, float]:
     return result
 
 
+@torch.compiler.set_stance("force_eager")
 def evaluate(cfg, run, held_out, step, process, log):
     """Held-out losses to the log, and drawings of held-out captions to RUN/samples."""
     losses = validate(cfg, run, held_out, process)
@@ -895,7 +926,7 @@ def evaluate(cfg, run, held_out, step, process, log):
 
 
 @lru_cache
-def peak(device) -> float:
+def peak_flops(device) -> float:
     """FLOP/s of a large matrix product in the precision of training: the best of four."""
     n, dtype, times = (8192, torch.bfloat16, []) if device.type == "cuda" else (2048, torch.float32, [])
     a = torch.linspace(-1, 1, n * n, device=device).to(dtype).view(n, n)
@@ -910,9 +941,10 @@ class Meter:
     """What training achieves: tokens/s, MFU (PaLM, appendix B), and the shares of time spent waiting and of padding.
 
     MFU counts what the mathematics needs: no padding, nothing computed twice, a head for targets only, keys seen.
+    A multiply-add is 2 FLOP, and backward takes twice as many as forward: 6. Tokens/s are positions, padded or not.
     """
     def __init__(self, model, process):
-        c, self.peak, self.world = model.config, peak(process.device), process.world
+        c, self.peak, self.world = model.config, peak_flops(process.device), process.world
         self.block = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
         self.head, self.key = c.vocab_size * c.hidden_size, 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim
         self.flops = self.waited = self.tokens = self.slots = 0
@@ -931,25 +963,26 @@ class Meter:
                     waiting=self.waited / seconds, padding=1 - self.tokens / self.slots)
 
 
-def learn(cfg, wide, batch, process):
-    """Add a batch's gradients, in --accumulate parts -> this process's sums of losses and targets (2, tasks)."""
-    by_task = torch.zeros(2, len(data.TASKS), device=process.device)
+def learn(cfg, wrapped, batch, process):
+    """Add a batch's gradients, in --accumulate parts -> this process's sums of losses, and of targets, by task."""
+    sums, counts = torch.zeros(2, len(data.TASKS), device=process.device)
     # Divide by the targets of the whole batch on all processes: in a mean of means, a caption's 20 would weigh as much
     # as a drawing's 1024.
     count = process.sum((batch.targets != data.IGNORE).sum())
     parts = zip(*(x.chunk(cfg.accumulate) for x in batch))
     for part, (ids, targets, positions, documents, kinds) in enumerate(parts, 1):
-        wide.require_backward_grad_sync = part == cfg.accumulate        # what DDP's no_sync sets; others do not look
+        wrapped.require_backward_grad_sync = part == cfg.accumulate     # what DDP's no_sync sets; others do not look
         with process.autocast():
-            nll = wide(ids, targets, positions, documents, z_loss=cfg.z_loss)
+            nll = wrapped(ids, targets, positions, documents, z_loss=cfg.z_loss)
         (nll.sum() * process.world / count).backward()                  # averaged over the processes: a sum
         learned = targets != data.IGNORE
-        by_task.index_add_(1, kinds[learned], torch.stack([nll.detach(), learned.float()])[:, learned])
-    return by_task
+        sums.index_add_(0, kinds[learned], nll.detach()[learned])
+        counts += kinds[learned].bincount(minlength=len(data.TASKS))
+    return sums, counts
 
 
 def train_transformer(cfg, splits, vqgan, process, log):
-    """-> RUN/model.pt"""
+    """Act 3 -> RUN/model.pt: one next-token loss for all tasks, --rows rows of --context positions a step."""
     path, grid = Path(cfg.out) / "model.pt", tuple(splits["train"].pictures[0].codes.shape)
     saved = resumed(cfg, path, "nanoLiquid model 1")
     if saved and saved["fingerprint"] != vqgan.fingerprint():
@@ -957,20 +990,27 @@ def train_transformer(cfg, splits, vqgan, process, log):
 
     # The vocabulary and the model:
     torch.manual_seed(cfg.seed)
-    tokenizer, vocab = (data.load_tokenizer(saved["tokenizer"]), data.Vocab(**saved["vocab"])) if saved else \
-        text_side(cfg, splits["train"], vqgan)
+    if saved:
+        tokenizer, vocab = data.load_tokenizer(saved["tokenizer"]), data.Vocab(**saved["vocab"])
+    else:
+        tokenizer, vocab = text_vocabulary(cfg, splits["train"], vqgan)
     model = build_model(cfg, vocab, vqgan)
     if saved:
         with sample.fitting(path):
             model.load_state_dict(saved["model"])       # before it is cut up
-    wide = parallel(cfg, model, process)
-    matrices = [p for name, p in model.model.named_parameters()
-                if p.ndim == 2 and name != "embed_tokens.weight" and cfg.optimizer == "muon"]
+    wrapped = parallel(cfg, model, process)
+
+    # The optimizers:
+    matrices = []
+    if cfg.optimizer == "muon":     # not for a table, of which a batch looks up a few rows
+        matrices = [p for name, p in model.model.named_parameters() if p.ndim == 2 and name != "embed_tokens.weight"]
     optimizers = make_optimizers(matrices, model.parameters(), cfg.lr, cfg.lr_adam, cfg.weight_decay)
-    start, position, guard = 0, None, Guard(cfg, 3, path, log)
+
+    # Where it was interrupted:
+    start, stream, guard = 0, None, Guard(cfg, 3, path, log)
     if saved:
         restore(saved, path, {}, optimizers)
-        start, position, guard.skipped = saved["step"], saved["data"], saved["skipped"]
+        start, stream, guard.skipped = saved["step"], saved["data"], saved["skipped"]
     del saved       # weights and optimizer states, which are in their places now
     log.rewind(3, start)
     process.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {vocab.image_start} rows for "
@@ -981,37 +1021,42 @@ def train_transformer(cfg, splits, vqgan, process, log):
     run = sample.Run(model, vqgan, vocab, tokenizer, grid, cfg.pad, asdict(cfg))
     perturbed = partial(perturb, vqgan.quantize.codebook().detach().cpu(), cfg.code_noise) if cfg.code_noise else None
     loader = data.Loader(tasks, parse_mix(cfg.mix), vocab, tokenizer, cfg.rows, cfg.context, cfg.seed, process.rank,
-                         process.world, position, cfg.uncond, perturbed)
+                         process.world, stream, cfg.uncond, perturbed)
 
-    def save(step, position):
+    def save(step, stream):
         weights, *states = [gathered_state(x.state_dict(), process) for x in (model, *optimizers)]
         if process.first:
             data.save_atomically(dict(
                 format="nanoLiquid model 1", model=weights, optimizer=states, step=step, skipped=guard.skipped,
                 config=asdict(cfg), model_config=asdict(model.config), vocab=asdict(vocab), tokenizer=tokenizer.state(),
-                data=position, random_state=torch.get_rng_state(), fingerprint=vqgan.fingerprint(), grid=grid), path)
+                data=stream, random_state=torch.get_rng_state(), fingerprint=vqgan.fingerprint(), grid=grid), path)
 
     # The loop:
     batches, recent, overall = data.ahead(iter(loader)), Meter(model, process), Meter(model, process)
     bar = tqdm(range(start, cfg.steps), "3 transformer", initial=start, total=cfg.steps, disable=not process.first)
     for step in bar:
+        # A batch, and how long this process waited for it:
         done, began = step + 1, time.perf_counter()
-        batch, position = next(batches)
+        batch, stream = next(batches)
         for meter in (recent, overall):
             meter.count(batch, time.perf_counter() - began)
         batch = batch.to(process.device)
-        # Muon holds its rate for a while; AdamW falls from the start, as in the paper.
+
+        # Learn. Muon holds its rate for a while; AdamW falls from the start, as in the paper:
         set_rate(optimizers, schedule(step, cfg.steps, cfg.warmup, decay=0.7 if cfg.optimizer == "muon" else 1.0))
-        by_task = learn(cfg, wide, batch, process)
+        sums, counts = learn(cfg, wrapped, batch, process)
         norm = full(nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)).item()
-        sums, counts, asked = process.sum(F.pad(by_task, (0, 0, 0, 1), value=process.stop.asked)).tolist()
+        asked = torch.full_like(sums, process.stop.asked)
+        sums, counts, (asked, *_) = process.sum(torch.stack([sums, counts, asked])).tolist()    # of all, in one message
         losses = {f"the loss of {task}": total for task, total in zip(data.TASKS, sums)}
         sound = guard.passes(done, losses | {"the gradient": norm})
         step_all(optimizers, sound)
+
+        # Log, evaluate, save, stop:
         if sound and done % cfg.log_every == 0:
             speed, recent = recent.read(), Meter(model, process)
             each = {task: s / c for task, s, c in zip(data.TASKS, sums, counts) if c}
-            log.write(3, done, loss=sum(sums) / sum(counts), norm=norm, dropped=position["dropped"], **each, **speed)
+            log.write(3, done, loss=sum(sums) / sum(counts), norm=norm, dropped=stream["dropped"], **each, **speed)
             bar.set_postfix_str(f"loss {sum(sums) / sum(counts):.3f}, {speed['tokens_per_s'] / 1000:.1f}k tokens/s")
         if done % cfg.eval_every == 0 or done == cfg.steps:
             paused = time.perf_counter()
@@ -1021,9 +1066,9 @@ def train_transformer(cfg, splits, vqgan, process, log):
             model.train()
             for meter in (recent, overall):
                 meter.since += time.perf_counter() - paused
-        if done % cfg.save_every == 0 or done == cfg.steps or any(asked):
-            save(done, position)
-        if any(asked):
+        if done % cfg.save_every == 0 or done == cfg.steps or asked:
+            save(done, stream)
+        if asked:
             raise Stopped(process.stop.asked, f"stopped after step {done} of the transformer, which {path} holds")
     if start < cfg.steps:
         process.print("{tokens_per_s:.0f} tokens/s, MFU {mfu:.1%}, waiting for data {waiting:.2%} of the time, "
@@ -1084,7 +1129,7 @@ def train(cfg: Config, stop=None):
 
 
 FREE = ("out", "shards", "resume", "overwrite", "device", "workers", "compile", "checkpointing", "shard", "save_every",
-        "eval_every", "log_every", "eval_n", "skip_nonfinite", "mix")       # flags that --resume may change
+        "eval_every", "log_every", "eval_n", "skip_nonfinite", "mix", "accumulate")     # flags that --resume may change
 
 
 def stored_config(path, given) -> Config:

@@ -138,13 +138,13 @@ def test_same_seed_same_draw_in_any_batch():
 def test_top_k_and_top_p_keep_what_they_say_and_draw_in_proportion():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(20_000, 4)
     def shares(**options):
-        chosen = sample.choose(logits, generators=[torch.Generator().manual_seed(0)], **options)
+        chosen = sample.choose(logits, torch.rand(20_000, generator=torch.Generator().manual_seed(0)), **options)
         return chosen.bincount(minlength=4) / len(chosen)
     assert torch.allclose(shares(), logits[0].exp(), atol=0.02)
     assert torch.allclose(shares(top_k=2), torch.tensor([0.625, 0.375, 0, 0]), atol=0.02)
     assert torch.allclose(shares(top_p=0.6), torch.tensor([0.625, 0.375, 0, 0]), atol=0.02)
     assert torch.allclose(shares(top_p=0.4), torch.tensor([1.0, 0, 0, 0]))
-    assert torch.equal(sample.choose(logits, temperature=0), torch.zeros(20_000, dtype=torch.long))
+    assert torch.equal(sample.choose(logits, None, temperature=0), torch.zeros(20_000, dtype=torch.long))
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +324,7 @@ def test_answers_stand_beside_those_of_always_giving_the_most_common_one(run, mo
     monkeypatch.setattr(sample, "answer", lambda run, images, questions: heard.extend(questions) or said)
     assert sample.score_answers(run, split, train, 4) == (1 / 4, 3 / 4)     # to who?, the majority says no
     assert heard == ["how?", "how?", "how?", "who?"]
-    assert sample.score_answers(run, asked(None), train, 4) == (None, None)
+    assert sample.score_answers(run, asked(None, ("why? " * 1000, "no")), train, 4) == (None, None)     # too long to ask
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -402,13 +402,16 @@ def test_sweep_scores_and_draws_every_value(run, tmp_path, monkeypatch, capsys):
     assert [s.guidance for s in drawn] == [0] * 5 + [2.5] * 5           # two runs, two kinds of scenes, and the picture
     assert data.load_image(tmp_path / "x.png").size == (8 * 20 - 4, 2 * 20 - 4)
     assert [row["guidance"] for row in json.loads((tmp_path / "x.json").read_text())] == ["0", "2.5"]
-    for argv, words in ((["--option", "top_k", "--values", "1,x"], "--values 1,x"), (["--n", "0"], "--n 0"),
+    scenic.sampling = sample.GREEDY                                     # in which top-k would change nothing
+    sample.main(["sweep", "a", "--option", "top_k", "--values", "3", "--n", "3"])
+    assert drawn[-1].temperature == 1 and drawn[-1].top_k == 3
+    for argv, words in ((["--option", "top_k", "--values", "1,x"], "--values 1,x"), (["--values", "1", "--n", "0"], "--n 0"),
                         (["--values", "nan"], "guidance nan: out of range")):
         with pytest.raises(SystemExit, match=words):
             sample.main(["sweep", "a", *argv])
     monkeypatch.setattr(sample, "load", lambda path: run)
     with pytest.raises(SystemExit, match="sweep a: only runs of train.py on built-in scenes"):
-        sample.main(["sweep", "a"])
+        sample.main(["sweep", "a", "--values", "1"])
 
 
 def test_how_a_run_was_trained_says_how_it_is_drawn_from(run):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import data
 import sample
@@ -465,3 +466,12 @@ def test_a_shard_holds_pictures_and_what_is_said_about_them(tmp_path):
         assert not train.holds(path, [replace(p, **changed)], "f"), changed
     data.write_shard(path, [], "f", {"a": "torn"})
     assert train.holds(path, [p], "f") and not train.holds(path, [replace(p, name="b")], "f")
+
+
+def test_only_training_steps_are_compiled(few, tmp_path, monkeypatch):
+    """Drawing and k-means that ask for programs of their own, past a limit after which training itself is not compiled."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    train.train(train.Config(out=str(tmp_path), **TINY | dict(compile=True, layers=3, vq_continuous=0.0, eval_every=2)))
+    assert counter.frame_count == 2                 # one for all residual blocks, which are alike here, one for all layers
