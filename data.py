@@ -1,4 +1,5 @@
-"""Everything between files and ids: vocabulary, text tokenizers, templates, pictures, sources, shards and the loader.
+"""Everything between files and ids: vocabulary, text tokenizers, templates, pictures, built-in scenes, sources, shards
+and the loader.
 
     file --load_image--> image --to_pixels--> pixels ... codes --Vocab.codes_to_ids--> ids
     text --tokenizer.encode-----------------------------------------------------------> ids
@@ -17,7 +18,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import random
 import re
 import tarfile
@@ -32,163 +32,6 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The built-in scenes: one to three objects, each in its own quarter of the picture. draw and grade are inverses, and so
-# are describe and read_description; a model's pictures and captions are scored with the second of each pair.
-
-SIZES = {"small": 0.32, "large": 0.47}      # radius, in sides of the quarter
-COLORS = {"red": (222, 56, 49), "orange": (245, 140, 34), "yellow": (250, 214, 50),
-          "green": (52, 160, 84), "blue": (44, 112, 214), "purple": (140, 72, 180)}
-SHAPES = ("circle", "square", "triangle", "star")
-PLACES = ("top left", "top right", "bottom left", "bottom right")
-BACKGROUNDS = {"white": (252, 252, 250), "gray": (196, 199, 205), "pink": (255, 212, 220), "navy": (28, 34, 66)}
-NUMBERS = ("zero", "one", "two", "three")
-
-
-class Object(NamedTuple):
-    size: str
-    color: str
-    shape: str
-    place: str
-
-
-class Scene(NamedTuple):
-    background: str
-    objects: tuple[Object, ...]     # in the order of PLACES
-
-
-# Pairs of color and shape in an order in which both take turns; the first few are withheld from all training.
-PAIRS = [(list(COLORS)[i % 6], SHAPES[(i + i // 6) % 4]) for i in range(24)]
-WITHHELD = 3
-
-
-def random_scene(rng: random.Random, withheld=WITHHELD, unseen=False) -> Scene:
-    """A scene without withheld pairs of color and shape; with unseen, exactly one of its objects is such a pair."""
-    places = sorted(rng.sample(range(4), rng.randint(1, 3)))
-    chosen = [rng.choice(PAIRS[withheld:]) for _ in places]
-    if unseen:
-        chosen[rng.randrange(len(chosen))] = rng.choice(PAIRS[:withheld])
-    objects = tuple(Object(rng.choice(list(SIZES)), *kind, PLACES[p]) for kind, p in zip(chosen, places))
-    return Scene(rng.choice(list(BACKGROUNDS)), objects)
-
-
-@lru_cache(maxsize=None)
-def sprite(background, size, color, shape, side) -> np.ndarray:
-    """One quarter of a picture, (side, side, 3) uint8, drawn 8 times larger and averaged down for smooth edges."""
-    s, radius = side * 8, SIZES[size] * side * 8
-    image = Image.new("RGB", (s, s), BACKGROUNDS[background])
-    def corners(n, radius, inner=None, turn=-math.pi / 2, drop=0.0):
-        radii = [radius, inner or radius]
-        return [(s / 2 + radii[i % 2] * math.cos(turn + 2 * math.pi * i / n),
-                 s / 2 + drop + radii[i % 2] * math.sin(turn + 2 * math.pi * i / n)) for i in range(n)]
-    pen, fill = ImageDraw.Draw(image), COLORS[color]
-    if shape == "circle":
-        pen.ellipse([s / 2 - radius, s / 2 - radius, s / 2 + radius, s / 2 + radius], fill=fill)
-    elif shape == "square":
-        pen.polygon(corners(4, 1.37 * radius, turn=math.pi / 4), fill=fill)
-    elif shape == "triangle":
-        pen.polygon(corners(3, 1.15 * radius, drop=0.2 * radius), fill=fill)
-    else:
-        pen.polygon(corners(10, 1.1 * radius, 0.5 * radius), fill=fill)
-    return np.asarray(image.resize((side, side), Image.BOX))
-
-
-def quarter(place, side):
-    """The part of a picture's array that a place covers."""
-    row, column = divmod(PLACES.index(place), 2)
-    return np.s_[row * side:(row + 1) * side, column * side:(column + 1) * side]
-
-
-def draw(scene: Scene, side=64) -> Image.Image:
-    """Scene -> image of side x side pixels."""
-    pixels = np.empty((side, side, 3), np.uint8)
-    pixels[:] = BACKGROUNDS[scene.background]
-    for o in scene.objects:
-        pixels[quarter(o.place, side // 2)] = sprite(scene.background, o.size, o.color, o.shape, side // 2)
-    return Image.fromarray(pixels)
-
-
-@lru_cache(maxsize=None)
-def renderings(background, side):
-    """All 49 things that a quarter can show -> (list of (size, color, shape) or None, (49, side, side, 3) float32)."""
-    kinds = [None, *itertools.product(SIZES, COLORS, SHAPES)]
-    empty = np.broadcast_to(np.asarray(BACKGROUNDS[background], np.float32), (side, side, 3))
-    return kinds, np.stack([sprite(background, *k, side).astype(np.float32) if k else empty for k in kinds])
-
-
-def grade(image: Image.Image) -> Scene:
-    """image -> the Scene whose rendering is nearest in squared error; inverse of draw."""
-    pixels = np.asarray(image, np.float32)
-    side, best = pixels.shape[0] // 2, (math.inf, None)
-    for background in BACKGROUNDS:
-        kinds, candidates = renderings(background, side)
-        total, objects = 0.0, []
-        for place in PLACES:
-            errors = np.square(candidates - pixels[quarter(place, side)]).sum((1, 2, 3))
-            total += errors.min()
-            if kinds[errors.argmin()]:
-                objects.append(Object(*kinds[errors.argmin()], place))
-        best = min(best, (total, Scene(background, tuple(objects))))
-    return best[1]
-
-
-PHRASES = (("{objects} on a {background} background", "a {size} {color} {shape} at the {place}"),
-           ("on a {background} background, {objects}", "at the {place} a {size} {color} {shape}"),
-           ("a {background} background with {objects}", "a {size} {color} {shape} in the {place}"))
-
-
-def describe(scene: Scene, rng: random.Random) -> str:
-    """A caption that names all of the scene in one of several phrasings, its objects in reading order."""
-    whole, part = rng.choice(PHRASES)
-    *others, last = [part.format(**o._asdict()) for o in scene.objects]
-    objects = f"{', '.join(others)} and {last}" if others else last
-    return whole.format(background=scene.background, objects=objects)
-
-
-def read_description(text: str) -> Scene | None:
-    """caption -> Scene, or None when it does not name one; inverse of describe."""
-    sizes, colors, shapes, places, grounds = ("|".join(words) for words in (SIZES, COLORS, SHAPES, PLACES, BACKGROUNDS))
-    patterns = (rf"\ba ({sizes}) ({colors}) ({shapes})\b", rf"\b(?:at|in) the ({places})\b",
-                rf"\ba ({grounds}) background\b")
-    kinds, places, background = (re.findall(pattern, text) for pattern in patterns)
-    rest = set(re.findall(r"\w+", re.sub("|".join(patterns), "", text))) - {"on", "with", "and"}
-    if rest or len(background) != 1 or not 0 < len(kinds) == len(places) == len(set(places)):
-        return None
-    objects = [Object(*kind, place) for kind, place in zip(kinds, places)]
-    return Scene(background[0], tuple(sorted(objects, key=lambda o: PLACES.index(o.place))))
-
-
-def questions(scene: Scene) -> list[tuple[str, str]]:
-    """(question, answer) pairs of every kind that the scene allows."""
-    at = {o.place: o for o in scene.objects}
-    pairs = [("what is the background?", scene.background), ("how many shapes are there?", NUMBERS[len(scene.objects)])]
-    for place in PLACES:
-        o = at.get(place)
-        pairs += [(f"what is at the {place}?", f"a {o.size} {o.color} {o.shape}" if o else "nothing"),
-                  (f"which shape is at the {place}?", o.shape if o else "none"),
-                  (f"is there anything at the {place}?", "yes" if o else "no")]
-        if o:
-            pairs.append((f"what color is the shape at the {place}?", o.color))
-    return pairs
-
-
-CORNERS = {"circle": "no corners", "square": "four corners", "triangle": "three corners", "star": "five points"}
-MIXES = {"orange": "red and yellow", "green": "blue and yellow", "purple": "red and blue"}
-
-
-def statement(rng: random.Random, withheld=WITHHELD) -> str:
-    """One true sentence about shapes and colors that names no withheld pair."""
-    color, shape = rng.choice(PAIRS[withheld:])
-    mixed = rng.choice(list(MIXES))
-    return rng.choice([
-        f"Any {color} {shape} has {CORNERS[shape]}.",
-        f"Every {shape}, small or large, has {CORNERS[shape]}.",
-        f"The color of every {color} {shape} is {color}.",
-        f"A large {shape} is larger than a small {shape}.",
-        f"You get {mixed} when you mix {MIXES[mixed]}.",
-        f"If a picture shows one {color} {shape} and nothing else, it shows one shape."])
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Vocabulary: which row of the embedding means what. The only place where codes and ids are converted.
@@ -211,6 +54,7 @@ class Vocab:
 
     @property
     def image_rows(self) -> tuple[int, int]:
+        """(first, past the last)"""
         return self.image_start, self.image_start + self.image_size
 
     @property
@@ -234,17 +78,72 @@ class Vocab:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+def read_utf8(path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a readable UTF-8 text ({error})") from None
+
+
+def read_jsonl(path):
+    """Yields (line number, object) of every line that is not empty; ValueError names file and line."""
+    for number, line in enumerate(read_utf8(path).split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: not a JSON object")
+            yield number, row
+
+
+def field_of(row, key, path, number) -> str:
+    if not isinstance(row.get(key), str):
+        raise ValueError(f"{path}, line {number}: no string {key!r}")
+    return row[key]
+
+
+def write_atomically(path, write):
+    """Let write(file) fill a file that replaces `path` only once it is whole; OSError names the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_file = path.with_name(path.name + ".partial")
+    try:
+        with open(partial_file, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial_file, path)
+    except (OSError, RuntimeError) as error:    # torch.save raises the latter over the file's own error
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise OSError(f"{path}: not written ({reason.strerror}), and left as it was before") from None
+    finally:
+        partial_file.unlink(missing_ok=True)
+
+
+def save_atomically(value, path):
+    write_atomically(path, partial(torch.save, value))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Text tokenizers
 
 class Chat(NamedTuple):
-    """What stands before a person's words, before the model's, and after each; `lead` already belongs to the answer."""
+    """The marks of a conversation: user QUESTION end model, then, which the model learns, lead ANSWER end."""
     user: str
     model: str
     end: str
     lead: str = ""
 
 
-CHATS = {"plain": Chat("", "", "\n", " "),     # " red" is the word that captions know, "red" would be another
+CHATS = {"plain": Chat("", "", "\n", " "),     # " red" is the id that captions know, "red" would be another
          "gemma": Chat("<start_of_turn>user\n", "<start_of_turn>model\n", "<end_of_turn>\n"),
          "chatml": Chat("<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n"),
          "llama3": Chat("<|start_header_id|>user<|end_header_id|>\n\n",
@@ -261,9 +160,11 @@ class WordTokenizer:
     chat, stops = CHATS["plain"], ()
 
     def __init__(self, words):
-        self.words = list(words)
-        self.first = len(self.SPECIAL) + 256
-        self.ids = {word: self.first + i for i, word in enumerate(self.words)}
+        self.words, self.first_byte = list(words), len(self.SPECIAL)
+        self.ids = {word: self.first_byte + 256 + i for i, word in enumerate(self.words)}
+        # What each id stands for; surrogates pass, for JSON may hold lone ones:
+        self.pieces = [b""] * self.first_byte + [bytes([i]) for i in range(256)]
+        self.pieces += [word.encode("utf-8", "surrogatepass") for word in self.words]
 
     @classmethod
     def learn(cls, texts, size=4096):
@@ -273,19 +174,18 @@ class WordTokenizer:
 
     @property
     def size(self):
-        return self.first + len(self.words)
+        return len(self.pieces)
 
     def encode(self, text):
         ids = []
         for piece in self.PIECES.findall(text):
             known = self.ids.get(piece)
-            ids += [known] if known else [len(self.SPECIAL) + byte for byte in piece.encode("utf-8", "surrogatepass")]
+            ids += [known] if known else [self.first_byte + i for i in piece.encode("utf-8", "surrogatepass")]
         return ids
 
     def decode(self, ids):
         """Special tokens are left out; bytes that are no UTF-8 become replacement characters."""
-        raw = b"".join(self.words[i - self.first].encode("utf-8", "surrogatepass") if i >= self.first else
-                       bytes([i - len(self.SPECIAL)]) for i in ids if i >= len(self.SPECIAL))
+        raw = b"".join(self.pieces[i] for i in ids)
         try:
             return raw.decode("utf-8", "surrogatepass")
         except UnicodeDecodeError:
@@ -319,10 +219,11 @@ class PretrainedTokenizer:
     @classmethod
     def load(cls, folder):
         path = Path(folder) / "tokenizer.json"
+        text = read_utf8(path)
         try:
-            return cls(read_utf8(path))
+            return cls(text)
         except Exception as error:      # the package raises bare Exceptions
-            raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+            raise ValueError(f"{path}: {error}") from None
 
     def id(self, name):
         return self.tokenizer.token_to_id(name)
@@ -393,7 +294,7 @@ def sequence(*segments):
     return ids, [i if learn else IGNORE for i, learn in zip(ids[1:], learned[1:])] + [IGNORE]
 
 
-def picture(vocab, codes):
+def picture_ids(vocab, codes):
     """codes (h, w) or (h*w,) -> ids in raster order."""
     return vocab.codes_to_ids(codes).flatten().tolist()
 
@@ -401,15 +302,15 @@ def picture(vocab, codes):
 def render_t2i(vocab, tokenizer, caption, codes=None):
     """Draw a caption; without a caption, draw anything (the unconditional half of guidance)."""
     words = [vocab.uncond] if caption is None else tokenizer.encode(caption + DRAW)
-    answer = [] if codes is None else picture(vocab, codes) + [vocab.eoi, vocab.eos]
+    answer = [] if codes is None else picture_ids(vocab, codes) + [vocab.eoi, vocab.eos]
     return sequence(([vocab.bos] + words + [vocab.boi], False), (answer, True))
 
 
 def render_i2t(vocab, tokenizer, codes, caption=None):
     """Caption a picture."""
     answer = [] if caption is None else tokenizer.encode(caption) + [vocab.eos]
-    return sequence(([vocab.bos, vocab.boi] + picture(vocab, codes) + [vocab.eoi] + tokenizer.encode(CAPTION), False),
-                    (answer, True))
+    prompt = [vocab.bos, vocab.boi] + picture_ids(vocab, codes) + [vocab.eoi] + tokenizer.encode(CAPTION)
+    return sequence((prompt, False), (answer, True))
 
 
 def render_vqa(vocab, tokenizer, codes, turns):
@@ -418,9 +319,9 @@ def render_vqa(vocab, tokenizer, codes, turns):
     An answer of None ends the sequence: it is what the model has to say.
     """
     chat, segments = tokenizer.chat, [([vocab.bos], False)]
-    image = [vocab.boi] + picture(vocab, codes) + [vocab.eoi] + tokenizer.encode("\n")
-    for number, (question, answer) in enumerate(turns):
-        opening = tokenizer.encode(chat.user) + (image if number == 0 else [])
+    shown = [vocab.boi] + picture_ids(vocab, codes) + [vocab.eoi] + tokenizer.encode("\n")
+    for question, answer in turns:
+        opening, shown = tokenizer.encode(chat.user) + shown, []        # once
         segments.append((opening + tokenizer.encode(question + chat.end + chat.model), False))
         if answer is None:
             return sequence(*segments)
@@ -430,25 +331,26 @@ def render_vqa(vocab, tokenizer, codes, turns):
 
 def render_text(vocab, tokenizer, text, ended=True):
     """Read a text; with ended=False it goes on."""
-    return sequence(([vocab.bos], False), (tokenizer.encode(text) + [vocab.eos] * ended, True))
+    return sequence(([vocab.bos], False), (tokenizer.encode(text) + ([vocab.eos] if ended else []), True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures: file -> image -> pixels, and back
 
 GRAY = (122, 116, 104)      # what Liquid pads with
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")     # whatever the suffix; never EPS, which runs Ghostscript
 Image.MAX_IMAGE_PIXELS = 100_000_000
 
 
-def load_image(file) -> Image.Image:
+def load_image(file, name=None) -> Image.Image:
     """A path or an open file -> image in RGB: turned as its EXIF says, transparency on white, 16 bits scaled to 8.
 
-    Raises ValueError, naming the file, for whatever cannot be read as a picture.
+    Raises ValueError, naming the file (an open one by `name`), for whatever cannot be read as a picture.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I;16") or image.mode == "I":
                     image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
@@ -457,14 +359,14 @@ def load_image(file) -> Image.Image:
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
                 return image.convert("RGB")
     except Exception as error:      # Pillow raises whatever its parsers stumble over
-        name = file if isinstance(file, (str, Path)) else getattr(file, "name", "a picture")
-        raise ValueError(f"{name}: not a readable picture ({error})") from None
+        raise ValueError(f"{name or file}: not a readable picture ({error})") from None
 
 
 def fit(image, size, pad=False) -> Image.Image:
     """image -> size x size: the centre of the picture, or with pad all of it on a gray square."""
-    if pad:     # a long strip shrinks first: its square would not fit into memory
-        image = ImageOps.pad(image, (min(max(image.size), 4096),) * 2, Image.LANCZOS, GRAY)
+    if pad:
+        side = min(max(image.size), 4096)       # a long strip shrinks first: its square would not fit into memory
+        image = ImageOps.pad(image, (side, side), Image.LANCZOS, GRAY)
     return image if image.size == (size, size) else ImageOps.fit(image, (size, size), Image.LANCZOS)
 
 
@@ -481,11 +383,173 @@ def to_image(pixels) -> Image.Image:
 
 def grid(images, columns, gap=4) -> Image.Image:
     """Images of one size -> one picture of them in rows."""
-    (w, h), rows = images[0].size, -(-len(images) // columns)
+    (w, h), rows = images[0].size, math.ceil(len(images) / columns)
     sheet = Image.new("RGB", (columns * (w + gap) - gap, rows * (h + gap) - gap), "white")
     for i, image in enumerate(images):
         sheet.paste(image, (i % columns * (w + gap), i // columns * (h + gap)))
     return sheet
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The built-in scenes: one to three objects, each in its own quarter of the picture. draw and grade are inverses, and so
+# are describe and read_description; a model's pictures and captions are scored with the second of each pair.
+
+SIZES = {"small": 0.32, "large": 0.47}      # radius, in sides of the quarter
+COLORS = {"red": (222, 56, 49), "orange": (245, 140, 34), "yellow": (250, 214, 50),
+          "green": (52, 160, 84), "blue": (44, 112, 214), "purple": (140, 72, 180)}
+SHAPES = ("circle", "square", "triangle", "star")
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+BACKGROUNDS = {"white": (252, 252, 250), "gray": (196, 199, 205), "pink": (255, 212, 220), "navy": (28, 34, 66)}
+NUMBERS = ("zero", "one", "two", "three")
+
+
+class Object(NamedTuple):
+    size: str
+    color: str
+    shape: str
+    place: str
+
+
+class Scene(NamedTuple):
+    background: str
+    objects: tuple[Object, ...]     # in the order of PLACES
+
+
+# All pairs of color and shape, in an order in which both take turns (without i // 6, half of them would never come); the
+# first few, red circle, orange square and yellow triangle, are withheld from all training.
+PAIRS = [(list(COLORS)[i % 6], SHAPES[(i + i // 6) % 4]) for i in range(24)]
+WITHHELD = 3
+
+
+def random_scene(rng: random.Random, withheld=WITHHELD, unseen=False) -> Scene:
+    """A scene without withheld pairs of color and shape; with unseen, exactly one of its objects is such a pair."""
+    places = sorted(rng.sample(range(4), rng.randint(1, 3)))
+    chosen = [rng.choice(PAIRS[withheld:]) for _ in places]
+    if unseen:
+        chosen[rng.randrange(len(chosen))] = rng.choice(PAIRS[:withheld])
+    objects = tuple(Object(rng.choice(list(SIZES)), *kind, PLACES[p]) for kind, p in zip(chosen, places))
+    return Scene(rng.choice(list(BACKGROUNDS)), objects)
+
+
+@lru_cache(maxsize=None)
+def sprite(background, size, color, shape, side) -> np.ndarray:
+    """One quarter of a picture, (side, side, 3) uint8, drawn 8 times larger and averaged down for smooth edges."""
+    s, radius = side * 8, SIZES[size] * side * 8
+    image = Image.new("RGB", (s, s), BACKGROUNDS[background])
+
+    def corners(n, radius, inner=None, turn=-math.pi / 2, drop=0.0):
+        """n points around the middle, every other one at inner; the callers' factors make shapes look equally large."""
+        radii = [radius, inner or radius]
+        return [(s / 2 + radii[i % 2] * math.cos(turn + 2 * math.pi * i / n),
+                 s / 2 + drop + radii[i % 2] * math.sin(turn + 2 * math.pi * i / n)) for i in range(n)]
+
+    pen, fill = ImageDraw.Draw(image), COLORS[color]
+    if shape == "circle":
+        pen.ellipse([s / 2 - radius, s / 2 - radius, s / 2 + radius, s / 2 + radius], fill=fill)
+    elif shape == "square":
+        pen.polygon(corners(4, 1.37 * radius, turn=math.pi / 4), fill=fill)
+    elif shape == "triangle":
+        pen.polygon(corners(3, 1.15 * radius, drop=0.2 * radius), fill=fill)
+    else:
+        pen.polygon(corners(10, 1.1 * radius, 0.5 * radius), fill=fill)
+    return np.asarray(image.resize((side, side), Image.BOX))
+
+
+def quarter(place, side):
+    """The part of a picture's array that a place covers."""
+    row, column = divmod(PLACES.index(place), 2)
+    return np.s_[row * side:(row + 1) * side, column * side:(column + 1) * side]
+
+
+def draw(scene: Scene, side=64) -> Image.Image:
+    """Scene -> image of side x side pixels."""
+    canvas = np.empty((side, side, 3), np.uint8)
+    canvas[:] = BACKGROUNDS[scene.background]
+    for o in scene.objects:
+        canvas[quarter(o.place, side // 2)] = sprite(scene.background, o.size, o.color, o.shape, side // 2)
+    return Image.fromarray(canvas)
+
+
+@lru_cache(maxsize=None)
+def renderings(background, side):
+    """All 49 things that a quarter can show -> (list of (size, color, shape) or None, (49, side, side, 3) float32)."""
+    kinds = [None, *itertools.product(SIZES, COLORS, SHAPES)]
+    empty = np.broadcast_to(np.asarray(BACKGROUNDS[background], np.float32), (side, side, 3))
+    return kinds, np.stack([sprite(background, *k, side).astype(np.float32) if k else empty for k in kinds])
+
+
+def grade(image: Image.Image) -> Scene:
+    """image -> the Scene whose rendering is nearest in squared error; inverse of draw."""
+    canvas = np.asarray(image, np.float32)          # (side, side, 3)
+    side, found = canvas.shape[0] // 2, []
+    for background in BACKGROUNDS:
+        kinds, candidates = renderings(background, side)
+        total, objects = 0.0, []
+        for place in PLACES:
+            errors = np.square(candidates - canvas[quarter(place, side)]).sum((1, 2, 3))    # (49,)
+            total += errors.min()
+            if kind := kinds[errors.argmin()]:
+                objects.append(Object(*kind, place))
+        found.append((total, Scene(background, tuple(objects))))
+    return min(found)[1]
+
+
+PHRASES = (("{objects} on a {background} background", "a {size} {color} {shape} at the {place}"),
+           ("on a {background} background, {objects}", "at the {place} a {size} {color} {shape}"),
+           ("a {background} background with {objects}", "a {size} {color} {shape} in the {place}"))
+
+
+def describe(scene: Scene, rng: random.Random) -> str:
+    """A caption that names all of the scene in one of several phrasings, its objects in reading order."""
+    whole, part = rng.choice(PHRASES)
+    *others, last = [part.format(**o._asdict()) for o in scene.objects]
+    objects = f"{', '.join(others)} and {last}" if others else last
+    return whole.format(background=scene.background, objects=objects)
+
+
+def read_description(text: str) -> Scene | None:
+    """caption -> Scene, or None when it does not name one; inverse of describe."""
+    sizes, colors, shapes, places, grounds = ("|".join(words) for words in (SIZES, COLORS, SHAPES, PLACES, BACKGROUNDS))
+    patterns = (rf"\ba ({sizes}) ({colors}) ({shapes})\b", rf"\b(?:at|in) the ({places})\b",
+                rf"\ba ({grounds}) background\b")
+    kinds, places, background = (re.findall(pattern, text) for pattern in patterns)
+    # What no pattern read, such as "no" or "huge", would change the meaning.
+    rest = set(re.findall(r"\w+", re.sub("|".join(patterns), "", text))) - {"on", "with", "and"}
+    if rest or len(background) != 1 or not 0 < len(kinds) == len(places) == len(set(places)):
+        return None
+    objects = [Object(*kind, place) for kind, place in zip(kinds, places)]
+    return Scene(background[0], tuple(sorted(objects, key=lambda o: PLACES.index(o.place))))
+
+
+def questions(scene: Scene) -> list[tuple[str, str]]:
+    """(question, answer) pairs of every kind that the scene allows."""
+    at = {o.place: o for o in scene.objects}
+    pairs = [("what is the background?", scene.background), ("how many shapes are there?", NUMBERS[len(scene.objects)])]
+    for place in PLACES:
+        o = at.get(place)
+        pairs += [(f"what is at the {place}?", f"a {o.size} {o.color} {o.shape}" if o else "nothing"),
+                  (f"which shape is at the {place}?", o.shape if o else "none"),
+                  (f"is there anything at the {place}?", "yes" if o else "no")]
+        if o:
+            pairs.append((f"what color is the shape at the {place}?", o.color))
+    return pairs
+
+
+CORNERS = {"circle": "no corners", "square": "four corners", "triangle": "three corners", "star": "five points"}
+MIXES = {"orange": "red and yellow", "green": "blue and yellow", "purple": "red and blue"}
+
+
+def statement(rng: random.Random, withheld=WITHHELD) -> str:
+    """One true sentence about shapes and colors that names no withheld pair."""
+    color, shape = rng.choice(PAIRS[withheld:])
+    mixed = rng.choice(list(MIXES))
+    return rng.choice([
+        f"Any {color} {shape} has {CORNERS[shape]}.",
+        f"Every {shape}, small or large, has {CORNERS[shape]}.",
+        f"The color of every {color} {shape} is {color}.",
+        f"A large {shape} is larger than a small {shape}.",
+        f"You get {mixed} when you mix {MIXES[mixed]}.",
+        f"If a picture shows one {color} {shape} and nothing else, it shows one shape."])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -511,6 +575,37 @@ class Split(NamedTuple):
         return {"t2i": captioned, "i2t": captioned, "vqa": [p for p in self.pictures if p.talks], "text": self.texts}
 
 
+def hold_out(items):
+    """A list -> (train, val): one in 20, at most 400, the same ones every time; a single item is both."""
+    if len(items) < 2:
+        return list(items), list(items)
+    order = random.Random(0).sample(range(len(items)), len(items))
+    held = set(order[:min(400, max(1, len(items) // 20))])
+    return [x for i, x in enumerate(items) if i not in held], [x for i, x in enumerate(items) if i in held]
+
+
+def passages(text, length=160) -> list[str]:
+    """Cut a text at line ends into passages of at most about length characters; longer lines are cut at spaces."""
+    result = [""]
+    for line in text.splitlines(keepends=True):
+        # What ends at a space; of a word longer than a passage, so much at a time; or the space before such a word:
+        for part in re.findall(rf".{{1,{length}}}(?:\s|$)|\S{{{length}}}|.", line, re.DOTALL):
+            if len(result[-1]) + len(part) > length:
+                result.append("")
+            result[-1] += part
+    return [passage.strip("\n") for passage in result if passage.strip()]
+
+
+def read_texts(path, length=160) -> list[str]:
+    """A .txt file, or a .jsonl file with `text` in every line -> passages of about length characters."""
+    path = Path(path)
+    rows = read_jsonl(path) if path.suffix == ".jsonl" else [(1, {"text": read_utf8(path)})]
+    result = [p for number, row in rows for p in passages(field_of(row, "text", path, number), length)]
+    if not result:
+        raise ValueError(f"{path}: no text in it")
+    return list(dict.fromkeys(result))      # a passage that comes twice could be both learned and held out
+
+
 def scenes(count, seed, name, side=64, withheld=WITHHELD, unseen=False, skip=()) -> list[Picture]:
     """Pictures of random scenes, none of which is in skip; scene i depends on (seed, name, i) alone."""
     pictures = []
@@ -530,102 +625,25 @@ def built_in(seed, side=64, withheld=WITHHELD, train=20000, val=400, unseen=200)
     """The scenes, and as text English that every Python carries and statements; val is never trained on."""
     from pydoc_data.topics import topics
     held_out, rng = scenes(val, seed, "val", side, withheld), random.Random(f"{seed}/text")
-    known = {p.open.args[0] for p in held_out}
+    known = {p.open.args[0] for p in held_out}      # open is partial(draw, scene, side)
     paragraphs = "\n\n".join(topics[key] for key in sorted(topics)).split("\n\n")
     english = list(dict.fromkeys(passages("\n\n".join(dict.fromkeys(paragraphs)))))     # the topics repeat each other
     statements = [statement(rng, withheld) for _ in range(len(english))]
     train_texts, val_texts = hold_out(english)
     return {"train": Split(scenes(train, seed, "train", side, withheld, skip=known), train_texts + statements),
             "val": Split(held_out, val_texts),
-            "unseen": Split(scenes(unseen * (withheld > 0), seed, "unseen", side, withheld, unseen=True), [])}
+            "unseen": Split(scenes(unseen if withheld else 0, seed, "unseen", side, withheld, unseen=True), [])}
 
 
-def passages(text, length=160) -> list[str]:
-    """Cut a text at line ends into passages of at most about length characters; longer lines are cut at spaces."""
-    result, passage = [], ""
-    for line in text.splitlines(keepends=True):
-        for part in re.findall(rf".{{1,{length}}}(?:\s|$)|\S{{{length}}}|.", line, re.DOTALL):
-            if len(passage) + len(part) > length:
-                result += [passage.strip("\n")] * bool(passage.strip())
-                passage = ""
-            passage += part
-    return result + [passage.strip("\n")] * bool(passage.strip())
-
-
-def hold_out(items, share=20, most=400):
-    """A list -> (train, val): one in share, at most so many, the same ones every time."""
-    order = random.Random(0).sample(range(len(items)), len(items))
-    n = min(most, max(1, len(items) // share)) if len(items) > 1 else 0
-    val = set(order[:n])
-    return [x for i, x in enumerate(items) if i not in val], [items[i] for i in sorted(val)] or list(items)
-
-
-def load_source(data=None, text=None, side=64, withheld=WITHHELD, passage=160) -> dict[str, Split]:
-    """The splits of a run: "train" and "val" of the user's pictures and texts; of the built-in ones "unseen", too."""
-    if data is None:
-        splits = built_in(0, side, withheld)
-    else:
-        train, val = hold_out(read_pictures(data))
-        splits = {"train": Split(train, []), "val": Split(val, [])}
-    if text is not None:
-        train, val = hold_out(read_texts(text, passage))
-        splits["train"], splits["val"] = splits["train"]._replace(texts=train), splits["val"]._replace(texts=val)
-    return splits
-
-
-def read_texts(path, length=160) -> list[str]:
-    """A .txt file, or a .jsonl file with `text` in every line -> passages of about length characters."""
-    path = Path(path)
-    rows = read_jsonl(path) if path.suffix == ".jsonl" else [(1, {"text": read_utf8(path)})]
-    result = [p for number, row in rows for p in passages(field_of(row, "text", path, number), length)]
-    if not result:
-        raise ValueError(f"{path}: no text in it")
-    return result
-
-
-def read_utf8(path) -> str:
+def annotated(name, open, text, extra) -> Picture:
+    """A Picture from the contents of its .txt, a caption, and .json, {"caption": ..., "qa": [[question, answer]]}."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a readable UTF-8 text ({error})") from None
-
-
-def read_jsonl(path):
-    """Yields (line number, object) of every line that is not empty; ValueError names file and line."""
-    for number, line in enumerate(read_utf8(path).split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: not a JSON object")
-            yield number, row
-
-
-def field_of(row, key, path, number) -> str:
-    if not isinstance(row.get(key), str):
-        raise ValueError(f"{path}, line {number}: no string {key!r}")
-    return row[key]
-
-
-def read_pictures(path) -> list[Picture]:
-    """A folder of pictures with .txt or .json beside them, a .jsonl, a .tar, or a folder of .tar shards."""
-    path = Path(path)
-    if path.is_dir():
-        shards = sorted(path.glob("*.tar"))
-        pictures = [p for shard in shards for p in read_tar(shard)] if shards else read_folder(path)
-    elif path.suffix == ".jsonl":
-        pictures = [picture_of_row(row, path, number) for number, row in read_jsonl(path)]
-    elif path.suffix == ".tar":
-        pictures = read_tar(path)
-    else:
-        raise ValueError(f"{path}: " + ("not a folder, .jsonl or .tar" if path.exists() else "no such file or folder"))
-    if not pictures:
-        raise ValueError(f"{path}: no pictures (.png, .jpg, .webp) in it")
-    return pictures
+        extra = json.loads(extra) if extra else {}
+        captions = [c.strip() for c in (text, extra.get("caption")) if c and c.strip()]
+        talks = [[(q.strip(), a.strip())] for q, a in extra.get("qa", [])]
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f'{name}: its .json is not {{"caption": ..., "qa": [[question, answer]]}} ({error})') from None
+    return Picture(name, open, list(dict.fromkeys(captions)), talks)
 
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -644,56 +662,39 @@ def read_folder(path) -> list[Picture]:
     return pictures
 
 
+def load_member(path, name, offset, size) -> Image.Image:
+    """A picture in a tar. Not inside read_tar: where worker processes are spawned, this function is pickled."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            content = file.read(size)
+    except OSError as error:
+        raise ValueError(f"{path}: no longer readable ({error})") from None
+    return load_image(io.BytesIO(content), name)
+
+
 def read_tar(path) -> list[Picture]:
     """WebDataset: members key.jpg, key.txt, key.json share a key. Nothing is unpacked: names and links lead nowhere."""
-    groups = {}
+    groups, pictures = {}, []       # key -> {suffix: text of a note, or (offset, size) of a picture}
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    stem, _, suffix = member.name.rpartition(".")
-                    groups.setdefault(stem, {})["." + suffix.lower()] = member.offset_data, member.size
+            for member in filter(tarfile.TarInfo.isfile, tar):
+                key, _, suffix = member.name.rpartition(".")
+                found = member.offset_data, member.size
+                if suffix.lower() in ("txt", "json"):
+                    found = tar.extractfile(member).read().decode("utf-8-sig")
+                groups.setdefault(key, {})["." + suffix.lower()] = found
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}:{member.name}: not a readable UTF-8 text ({error})") from None
     except (tarfile.TarError, OSError) as error:
         raise ValueError(f"{path}: not a readable tar file ({error})") from None
-
-    def read(place):
-        try:
-            with open(path, "rb") as file:
-                file.seek(place[0])
-                return file.read(place[1])
-        except OSError as error:
-            raise ValueError(f"{path}: no longer readable ({error})") from None
-
-    def note(stem, suffix, place):
-        try:
-            return read(place).decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}:{stem}{suffix}: not a readable UTF-8 text ({error})") from None
-
-    def image(name, place):
-        buffer = io.BytesIO(read(place))
-        buffer.name = name
-        return load_image(buffer)
-
-    pictures = []
-    for stem, files in groups.items():
+    for key, files in groups.items():
         suffix = next((s for s in SUFFIXES if s in files), None)
         if suffix:
-            name = f"{path}:{stem}{suffix}"
-            notes = [note(stem, s, files[s]) if s in files else None for s in (".txt", ".json")]
-            pictures.append(annotated(name, partial(image, name, files[suffix]), *notes))
+            name = f"{path}:{key}{suffix}"
+            opened = partial(load_member, path, name, *files[suffix])
+            pictures.append(annotated(name, opened, files.get(".txt"), files.get(".json")))
     return pictures
-
-
-def annotated(name, open, text, extra) -> Picture:
-    """A Picture from the contents of its .txt, a caption, and .json, {"caption": ..., "qa": [[question, answer]]}."""
-    try:
-        extra = json.loads(extra) if extra else {}
-        captions = [c.strip() for c in (text, extra.get("caption")) if c and c.strip()]
-        talks = [[(q.strip(), a.strip())] for q, a in extra.get("qa", [])]
-    except (AttributeError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f'{name}: its .json is not {{"caption": ..., "qa": [[question, answer]]}} ({error})') from None
-    return Picture(name, open, list(dict.fromkeys(captions)), talks)
 
 
 def codes_of(row, path, number) -> torch.Tensor:
@@ -722,18 +723,61 @@ def talk_of(row, path, number) -> list[tuple[str, str]]:
 
 def picture_of_row(row, path, number) -> Picture:
     """One line of a .jsonl in any of the layouts: ours, Liquid's raw and pre-encoded, LLaVA's."""
-    def open_at(key):
-        file = path.parent / field_of(row, key, path, number)
-        return dict(name=str(file), open=partial(load_image, file))
-    def captions(key):
-        return list(filter(None, [field_of(row, key, path, number).strip()]))
+    def stripped(key):
+        return field_of(row, key, path, number).strip()
     if "vqcode_512" in row:
-        return Picture(f"{path}:{number}", None, captions("text"), codes=codes_of(row, path, number))
-    if "conversations" in row:
-        return Picture(**open_at("image"), talks=[talk_of(row, path, number)])
-    if "image_path" in row:
-        return Picture(**open_at("image_path"), captions=captions("text_prompt"))
-    return Picture(**open_at("image"), captions=captions("text"))
+        p = Picture(f"{path}:{number}", None, [stripped("text")], codes=codes_of(row, path, number))
+    else:
+        liquid = "image_path" in row and "conversations" not in row
+        file = path.parent / field_of(row, "image_path" if liquid else "image", path, number)
+        p = Picture(str(file), partial(load_image, file))
+        if "conversations" in row:
+            p.talks.append(talk_of(row, path, number))
+        else:
+            p.captions.append(stripped("text_prompt" if liquid else "text"))
+    p.captions = list(filter(None, p.captions))
+    return p
+
+
+def merged(lines) -> list[Picture]:
+    """Lines about one file are one picture: it is encoded once, and never both trained on and held out."""
+    pictures = {}
+    for p in lines:
+        first = pictures.setdefault(p.name, p)
+        if first is not p:
+            first.captions += p.captions
+            first.talks += p.talks
+    return list(pictures.values())
+
+
+def read_pictures(path) -> list[Picture]:
+    """A folder of pictures with .txt or .json beside them, a .jsonl, a .tar, or a folder of .tar shards."""
+    path = Path(path)
+    if path.is_dir():
+        shards = sorted(path.glob("*.tar"))
+        pictures = [p for shard in shards for p in read_tar(shard)] if shards else read_folder(path)
+    elif path.suffix == ".jsonl":
+        pictures = merged(picture_of_row(row, path, number) for number, row in read_jsonl(path))
+    elif path.suffix == ".tar":
+        pictures = read_tar(path)
+    else:
+        raise ValueError(f"{path}: " + ("not a folder, .jsonl or .tar" if path.exists() else "no such file or folder"))
+    if not pictures:
+        raise ValueError(f"{path}: no pictures (.png, .jpg, .webp) in it")
+    return pictures
+
+
+def load_source(data=None, text=None, side=64, withheld=WITHHELD, passage=160) -> dict[str, Split]:
+    """The splits of a run: "train" and "val" of the user's pictures and texts; of the built-in ones "unseen", too."""
+    if data is None:
+        splits = built_in(0, side, withheld)
+    else:
+        train, val = hold_out(read_pictures(data))
+        splits = {"train": Split(train, []), "val": Split(val, [])}
+    if text is not None:
+        train, val = hold_out(read_texts(text, passage))
+        splits["train"], splits["val"] = splits["train"]._replace(texts=train), splits["val"]._replace(texts=val)
+    return splits
 
 
 class Pixels(torch.utils.data.Dataset):
@@ -758,30 +802,6 @@ class Pixels(torch.utils.data.Dataset):
 # ---------------------------------------------------------------------------------------------------------------------
 # Shards: pictures that are encoded already
 
-def write_atomically(path, write):
-    """Let write(file) fill a file that replaces `path` only once it is whole; OSError names the path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = path.with_name(path.name + ".partial")
-    try:
-        with open(partial_file, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial_file, path)
-    except (OSError, RuntimeError) as error:    # torch.save raises the latter over the file's own error
-        reason = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(reason, OSError):
-            raise
-        raise OSError(f"{path}: not written ({reason.strerror}), and left as it was before") from None
-    finally:
-        partial_file.unlink(missing_ok=True)
-
-
-def save_atomically(value, path):
-    write_atomically(path, partial(torch.save, value))
-
-
 def write_shard(path, pictures, fingerprint, skipped=None):
     """Pictures with codes -> one file; fingerprint: how they were made; skipped: {name: why it could not be read}."""
     rows = [dict(name=p.name, captions=p.captions, talks=p.talks) for p in pictures]
@@ -801,7 +821,7 @@ def read_shard(path, fingerprint) -> tuple[list[Picture], dict[str, str]] | None
             talks = [[tuple(turn) for turn in talk] for talk in row["talks"]]
             pictures.append(Picture(row["name"], None, row["captions"], talks, codes))
         return pictures, dict(json.loads(shard["skipped"]))
-    except (OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError, pickle.UnpicklingError):
+    except Exception:       # torch.load raises whatever a damaged file makes it stumble over; it is made again
         return None
 
 
@@ -817,13 +837,14 @@ class Batch(NamedTuple):
     tasks: torch.Tensor         # (R, T) int64, index into TASKS, -1 in padding
 
     def to(self, device):
-        return Batch(*(x.to(device, non_blocking=True) for x in self))
+        return Batch(*(x.to(device) for x in self))
 
 
 class Loader:
     """Yields (Batch, state): `state` resumes the stream right after that batch.
 
     tasks    {task: list of Picture or str}; mix {task: weight}
+    context  positions of a row; longer examples are left out and counted in `dropped`
     rows     of a batch over all ranks; every rank plans the whole batch and renders rows rank, rank + world, ...
     uncond   share of drawings without words, for guidance
     perturb  turns codes to draw, with a torch.Generator, into codes that look alike
@@ -840,8 +861,10 @@ class Loader:
         if not self.mix:
             raise ValueError(f"nothing to train on: the mix asks for {', '.join(mix)}, and there are no examples of it")
         state = state or {"drawn": dict.fromkeys(self.mix, 0), "waiting": [], "dropped": 0}
-        self.drawn = dict.fromkeys(self.mix, 0) | state["drawn"]     # a resumed run may have another mix
-        self.waiting = [tuple(w) for w in state["waiting"] if w[0] in self.mix]
+        # A resumed run may have another mix, or fewer examples:
+        self.drawn = dict.fromkeys(self.mix, 0) | state["drawn"]
+        self.waiting = [(task, epoch, i) for task, epoch, i in state["waiting"]
+                        if task in self.mix and i < len(tasks[task])]
         self.dropped = state["dropped"]     # examples longer than a row
 
     def state(self):
@@ -860,27 +883,27 @@ class Loader:
     def draw(self):
         """The next example of the stream as (task, epoch, index)."""
         rng = random.Random(f"{self.seed}/{sum(self.drawn.values())}")
-        task, = rng.choices(list(self.mix), list(self.mix.values()))
+        task = rng.choices(list(self.mix), self.mix.values())[0]
         epoch, place = divmod(self.drawn[task], len(self.tasks[task]))
         self.drawn[task] += 1
         return task, epoch, int(self.order(task, epoch)[place])
 
-    @lru_cache(maxsize=4096)
+    @lru_cache(maxsize=4 * PATIENCE)     # those that wait are asked for again
     def render(self, task, epoch, index):
         """(task, epoch, index) -> (ids, targets)"""
         rng = random.Random(f"{self.seed}/{task}/{epoch}/{index}")
-        item, common = self.tasks[task][index], (self.vocab, self.tokenizer)
-        if task == "text":
-            return render_text(*common, item)
+        item = self.tasks[task][index]
         if task == "t2i":
             caption, codes = rng.choice(item.captions), item.codes
             words = None if rng.random() < self.uncond else caption
             if self.perturb:
                 codes = self.perturb(codes, torch.Generator().manual_seed(rng.getrandbits(63)))
-            return render_t2i(*common, words, codes)
+            return render_t2i(self.vocab, self.tokenizer, words, codes)
+        if task == "i2t":
+            return render_i2t(self.vocab, self.tokenizer, item.codes, rng.choice(item.captions))
         if task == "vqa":
-            return render_vqa(*common, item.codes, rng.choice(item.talks))
-        return render_i2t(*common, item.codes, rng.choice(item.captions))
+            return render_vqa(self.vocab, self.tokenizer, item.codes, rng.choice(item.talks))
+        return render_text(self.vocab, self.tokenizer, item)
 
     def plan(self):
         """Choose a batch's examples: each goes to the fullest row that has room; misfits wait for the next batch."""
@@ -888,34 +911,34 @@ class Loader:
         pending, misfits, too_long = self.waiting, [], 0
         while len(misfits) < self.PATIENCE:
             key = pending.pop(0) if pending else self.draw()
-            length = len(self.render(*key)[0])
-            if length > self.context:
-                self.dropped, too_long = self.dropped + 1, too_long + 1
+            ids, targets = self.render(*key)
+            if len(ids) > self.context:
+                self.dropped += 1
+                too_long += 1
                 if too_long > 10_000:
-                    raise ValueError(f"no example fits into --context {self.context}: the last one has {length} tokens")
+                    raise ValueError(f"no example fits into --context {self.context}: the last has {len(ids)} tokens")
                 continue
-            best = min((r for r in range(self.rows) if free[r] >= length), key=free.__getitem__, default=None)
+            best = min((r for r in range(self.rows) if free[r] >= len(ids)), key=free.__getitem__, default=None)
             if best is None:
                 misfits.append(key)
             else:
-                rows[best].append(key)
-                free[best] -= length
+                rows[best].append((key[0], ids, targets))
+                free[best] -= len(ids)
         self.waiting = misfits + pending
         return rows
 
     def batch(self) -> Batch:
         mine = self.plan()[self.rank::self.world]
-        batch = np.full((5, len(mine), self.context), -1, np.int64)
-        batch[0], batch[1], batch[2] = self.vocab.pad, IGNORE, 0
+        planes = Batch(*np.full((5, len(mine), self.context), -1, np.int64))
+        planes.ids[:], planes.targets[:], planes.positions[:] = self.vocab.pad, IGNORE, 0
         for r, row in enumerate(mine):
             start = 0
-            for number, key in enumerate(row):
-                ids, targets = self.render(*key)
+            for number, (task, ids, targets) in enumerate(row):
                 span = np.s_[r, start:start + len(ids)]
-                for plane, value in zip(batch, (ids, targets, range(len(ids)), number, TASKS.index(key[0]))):
-                    plane[span] = value
+                planes.ids[span], planes.targets[span], planes.positions[span] = ids, targets, range(len(ids))
+                planes.documents[span], planes.tasks[span] = number, TASKS.index(task)
                 start += len(ids)
-        return Batch(*torch.from_numpy(batch))
+        return Batch(*map(torch.from_numpy, planes))
 
 
 def ahead(iterator, depth=3):
@@ -939,8 +962,7 @@ def show():
     names = {v: f"<{k}>" for k, v in WordTokenizer.SPECIAL.items()}
     def name(i):
         return f"[{i - vocab.image_start}]" if i >= vocab.image_start else names.get(i) or tokenizer.decode([i])
-    tasks = {task: train.texts if task == "text" else train.pictures for task in TASKS}
-    loader = Loader(tasks, dict.fromkeys(TASKS, 1), vocab, tokenizer, 1, 256)
+    loader = Loader(train.tasks(), dict.fromkeys(TASKS, 1), vocab, tokenizer, 1, 256)
     for task in TASKS:
         ids, targets = loader.render(task, 0, 0)
         learned = [False] + [t != IGNORE for t in targets[:-1]]

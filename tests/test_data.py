@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import pickle
 import random
 import re
 import struct
@@ -457,12 +458,13 @@ def test_a_caption_that_is_not_text_is_named(tmp_path):
 
 
 def test_every_layout_of_jsonl_is_read(tmp_path):
-    put(tmp_path / "sub" / "a.png", png())
+    for name in "abc":
+        put(tmp_path / "sub" / f"{name}.png", png())
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A square."},
              {"from": "human", "value": "Which color?"}, {"from": "gpt", "value": "Red."}]
     rows = [{"image": "sub/a.png", "text": "ours\u2028\x85one line"},
-            {"image_path": "sub/a.png", "text_prompt": "Liquid's"},
-            {"image": "sub/a.png", "conversations": turns},
+            {"image_path": "sub/b.png", "text_prompt": "Liquid's"},
+            {"image": "sub/c.png", "conversations": turns},
             {"data_type": "t2i", "text": "encoded", "vqcode_512": str(list(range(16)))},
             {"data_type": "t2i", "text": "encoded", "vqcode_512": [[3, 1], [2, 0]]}]
     file = put(tmp_path / "x.jsonl", "\ufeff" + "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n")
@@ -472,6 +474,15 @@ def test_every_layout_of_jsonl_is_read(tmp_path):
     assert all(p.open().getpixel((0, 0)) == RED and p.codes is None for p in (ours, raw, llava))
     assert flat.captions == ["encoded"] and torch.equal(flat.codes, torch.arange(16).view(4, 4)) and flat.open is None
     assert square.codes.tolist() == [[3, 1], [2, 0]] and square.codes.dtype == torch.int64
+
+
+def test_lines_about_one_picture_are_one_picture(tmp_path):
+    """Several captions a picture, as in COCO, of which some are trained on and others held out."""
+    put(tmp_path / "a.png", png())
+    rows = [{"image": "a.png", "text": "one"}, {"image": "b.png", "text": "other"}, {"image_path": "a.png", "text_prompt": "two"},
+            {"image": "a.png", "conversations": [{"value": "q"}, {"value": "a"}]}]
+    a, b = data.read_pictures(put(tmp_path / "x.jsonl", "\n".join(map(json.dumps, rows))))
+    assert (a.captions, a.talks, b.captions, b.talks) == (["one", "two"], [[("q", "a")]], ["other"], [])
 
 
 @pytest.mark.parametrize("line", [
@@ -520,6 +531,7 @@ def test_tar_shards_are_read(tmp_path):
     assert (second.captions, second.open().getpixel((0, 0))) == (["second"], BLUE)
     refused(lambda p: p.open(), broken, f"{tmp_path / '1.tar'}:broken.webp")
     assert [p.captions for p in data.read_pictures(tmp_path / "1.tar")] == [["second"], []]
+    assert pickle.loads(pickle.dumps(first)).open().getpixel((0, 0)) == RED     # as where workers are spawned, not forked
 
 
 def test_a_tar_can_neither_write_nor_lead_elsewhere(tmp_path):
@@ -563,8 +575,10 @@ def test_texts_are_read_from_txt_and_jsonl(tmp_path):
     assert data.read_texts(put(tmp_path / "a.txt", "\ufeffone\r\ntwo\n")) == ["one\ntwo"]
     rows = '{"text": "one\u2028more"}\n\n{"text": "two", "other": 1}'
     assert data.read_texts(put(tmp_path / "a.jsonl", rows)) == ["one\u2028more", "two"]
-    pieces = data.load_source(None, put(tmp_path / "long.txt", "word " * 1000), passage=400)["train"].texts
+    long = put(tmp_path / "long.txt", "".join(f"{i:04d} " for i in range(1000)))
+    pieces = data.load_source(None, long, passage=400)["train"].texts
     assert {len(piece) for piece in pieces} == {400, 200}       # the last one is what is left
+    assert data.read_texts(put(tmp_path / "again.txt", "word " * 1000), 400) == ["word " * 80, "word " * 40]     # each once
     for path, words in ((put(tmp_path / "b.txt", b"\xff\xfe\x00"), ("UTF-8",)), (tmp_path, ()),
                         (tmp_path / "nowhere.txt", ("no such file",)), (put(tmp_path / "e.txt", " \n"), ("no text",)),
                         (put(tmp_path / "b.jsonl", '{"text": "x"}\n{"text": 1}'), ("line 2",)),
@@ -746,6 +760,13 @@ def test_a_stream_resumes_with_another_mix():
         assert {task for task, _, _ in found} == set(mix)
         drawings = [tuple(ids) for task, ids, _ in documents(before) + found if task == "t2i"]
         assert len(drawings) == len(set(drawings)) and resumed.drawn["t2i"] <= 150      # each once in its first epoch
+
+
+def test_a_stream_resumes_with_fewer_examples():
+    """Examples that wait, and were deleted before the run went on."""
+    state = take(mixed(n=150), 1)[0][1]
+    assert any(index >= 40 for _, _, index in state["waiting"])
+    assert len(take(mixed(n=40, state=state), 3)) == 3
 
 
 def test_an_example_depends_on_seed_epoch_and_index_alone():
