@@ -198,6 +198,28 @@ def test_a_tokenizer_survives_its_checkpoint():
     assert other.encode("three two four") == tokenizer.encode("three two four") and other.size == tokenizer.size
 
 
+MARKS = {
+    "gemma": (["<start_of_turn>", "<end_of_turn>", "<unused0>", "<unused1>", "<unused2>"], "<end_of_turn>"),
+    "chatml": (["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"], "<|im_end|>"),
+    "llama3": (["<|start_header_id|>", "<|eot_id|>", *(f"<|reserved_special_token_{i}|>" for i in range(3))], "<|eot_id|>"),
+    "plain": ([], None)}
+
+
+@pytest.mark.parametrize("chat", MARKS)
+def test_each_family_lends_its_turns_and_its_spare_ids(tmp_path, chat):
+    """Special tokens on rows that words or codes use, or turns of another family; what the table in the README says."""
+    tokenizers = pytest.importorskip("tokenizers")
+    (marks, turn_end), bpe = MARKS[chat], tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
+    bpe.add_special_tokens(marks)
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = data.PretrainedTokenizer.load(tmp_path)
+    vocab = tokenizer.vocab(8, {"vocab_size": 100, "bos_token_id": 3, "eos_token_id": [4, 5]})
+    assert tokenizer.chat == data.CHATS[chat]
+    assert tokenizer.stops == ((tokenizer.id(turn_end),) if marks else ())
+    assert (vocab.bos, vocab.eos, vocab.pad, vocab.image_rows) == (3, 4, 4, (100, 108))     # behind padding rows, too
+    assert (vocab.boi, vocab.eoi, vocab.uncond) == (tuple(map(tokenizer.id, marks[-3:])) if marks else (108, 109, 110))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Templates, each against its layout written out by hand; the tokenizer is one id a byte
 
@@ -348,8 +370,8 @@ def test_pixels_and_image_are_exact_inverses():
     pixels = data.to_pixels(Image.fromarray(values))
     assert pixels.shape == (1, 3, 16, 16) and pixels.min() == -1 and pixels.max() == 1
     assert (np.asarray(data.to_image(pixels)) == values).all() and (np.asarray(data.to_image(pixels[0])) == values).all()
-    assert set(np.asarray(data.to_image(pixels * 3)).flatten()) <= {*range(256)}      # out of range is cut, not wrapped
-    assert data.to_image(torch.full((3, 1, 1), 9.0)).getpixel((0, 0)) == WHITE
+    for outside, cut in ((9.0, WHITE), (-9.0, (0, 0, 0))):          # not wrapped
+        assert data.to_image(torch.full((3, 1, 1), outside)).getpixel((0, 0)) == cut
 
 
 def test_a_grid_holds_every_image():

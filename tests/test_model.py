@@ -1,9 +1,5 @@
 """The transformer on its own: losses, masks, caches, the table and its growth."""
 
-import ast
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +8,6 @@ from torch.nn.attention import flex_attention
 import model
 from model import Cache, ChunkedNLL, ModelConfig, Transformer, attend, block_mask, visible
 
-ROOT = Path(__file__).parent.parent
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3}
 SHAPES = {
     "mha": {},
@@ -145,13 +140,11 @@ def test_full_cache_is_an_error():
 
 
 @everywhere
-def test_evaluation_equals_training(name):
-    """What validation measures is not what is trained; or logits with a cap cannot be differentiated."""
-    model, ids = tiny(**SHAPES[name]), draw(2, 9)
-    logits = model.train()(ids)
-    logits.sum().backward()
-    with torch.no_grad():
-        assert torch.equal(model.eval()(ids), logits)
+def test_logits_can_be_differentiated(name):
+    """A cap, computed in place, that overwrites what its gradient needs."""
+    model = tiny(**SHAPES[name])
+    model(draw(2, 9)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_only_earlier_tokens_matter():
@@ -228,17 +221,6 @@ def test_train_only_rows(options):
 def test_bad_configurations(options, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig(**options)
-
-
-@pytest.mark.parametrize("name", ["model", "data", "vqgan"])
-def test_ground_floor_imports_nothing_of_ours(name):
-    """A file of the ground floor cannot be read, or lifted out, alone; or a core file needs an extra to be imported."""
-    tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
-    modules = {a.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
-    modules |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert not modules & {"model", "data", "vqgan", "sample", "train"}
-    top = {a.name.split(".")[0] for node in tree.body if isinstance(node, ast.Import) for a in node.names}
-    assert top <= {"torch", "numpy", "PIL", "tqdm", *sys.stdlib_module_names}
 
 
 def test_bf16_autocast_trains_with_nearly_the_gradients_of_float32():

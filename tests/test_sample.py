@@ -202,7 +202,7 @@ def test_the_choices_of_the_command_line_reach_the_decode_loop(run, tmp_path, mo
 def test_no_text_runs_past_what_the_model_reads(run, monkeypatch):
     """Gibberish, in silence, at positions that training never had."""
     asked, longest = [], len(data.render_text(run.vocab, run.tokenizer, "a red circle", ended=False)[0])
-    monkeypatch.setattr(sample, "generate", lambda model, prompts, n, *_, **__: asked.append(n) or torch.zeros(2, n))
+    monkeypatch.setattr(sample, "generate", lambda model, prompts, n, *_, **__: asked.append(n) or torch.zeros(2, n, dtype=torch.long))
     sample.complete(run, ["a", "a red circle"], n=10_000)
     assert asked == [run.model.config.max_position_embeddings - longest]
 
@@ -327,11 +327,34 @@ def test_answers_stand_beside_those_of_always_giving_the_most_common_one(run, mo
     assert sample.score_answers(run, asked(None, ("why? " * 1000, "no")), train, 4) == (None, None)     # too long to ask
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["t2i", "x", "--run", "nowhere"], "nowhere/model.pt"), (["i2t", "nothing.png", "--run", "nowhere"], "nowhere/model.pt")])
-def test_missing_files_end_in_one_sentence(argv, words):
-    with pytest.raises(SystemExit, match=words):
-        sample.main(argv)
+def test_a_missing_run_ends_in_one_sentence():
+    """A traceback, or a sentence that does not name what is missing."""
+    with pytest.raises(SystemExit, match="nowhere/model.pt: no such file"):
+        sample.main(["t2i", "x", "--run", "nowhere"])
+
+
+def test_a_folder_as_liquid_published_it_draws(tmp_path):
+    """Weights without our layout: the last rows are codes, pictures are padded squares of 512 pixels."""
+    tokenizers = pytest.importorskip("tokenizers")
+    torch.manual_seed(0)
+    vqgan = VQGAN(VQGANConfig(ch=32, ch_mult=(1,), num_res_blocks=1, z_channels=8, n_embed=16, embed_dim=4, patch=64))
+    torch.save({"config": dataclasses.asdict(vqgan.config), "model": vqgan.state_dict()}, tmp_path / "vqgan.pt")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
+    bpe.add_special_tokens(["<boi>", "<eoi>", "<unconditional>"])
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    Transformer(ModelConfig("llama", 20 + 16, 32, 48, 1, 2, 1, 16)).save_pretrained(tmp_path, bos_token_id=5, eos_token_id=6)
+    run = sample.load(tmp_path, tmp_path / "vqgan.pt", "cpu")
+    assert (run.vocab.image_rows, run.grid, run.pad, run.sampling) == ((20, 36), (8, 8), True, sample.LIQUID)
+    assert sample.text_to_image(run, ["a"])[0].size == (512, 512)
+
+
+def test_sampling_fits_pictures_as_training_did(run):
+    """--pad that shows the model the whole picture in training, and its centre in sampling."""
+    wide = Image.new("RGB", (64, 16), "red")
+    wide.paste("blue", (0, 0, 16, 16))
+    for pad in (False, True):
+        seen = run.vqgan.encode(data.to_pixels(data.fit(wide, 16, pad)))[0]
+        assert torch.equal(sample.encode(dataclasses.replace(run, pad=pad), [wide])[0], seen)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

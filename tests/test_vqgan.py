@@ -1,6 +1,7 @@
 """The image tokenizer: each test says which failure it prevents."""
 
 import pickle
+import re
 import sys
 import types
 from dataclasses import asdict, replace
@@ -11,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from vqgan import (Discriminator, Perceptual, Quantizer, VQGAN, VQGANConfig, adaptive_weight, discriminator_loss,
-                   generator_loss, kmeans, perturb, usage)
+                   draw_far, generator_loss, kmeans, perturb, usage)
 
 TINY = VQGANConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=16, n_embed=64, embed_dim=8)
 BOTH = pytest.mark.parametrize("l2_norm", [False, True])
@@ -171,6 +172,14 @@ def test_kmeans_finds_clusters():
                        kmeans(vectors, 3, generator=torch.Generator().manual_seed(5)))
     torch.testing.assert_close(kmeans(vectors, 1, generator=generator)[0], vectors.mean(0))
     assert kmeans(vectors[:3], 5, generator=generator).isfinite().all()     # fewer vectors than centres
+
+
+def test_far_vectors_are_drawn_first():
+    """Prevents a plain background, nine of ten vectors, from taking nine of ten codes."""
+    vectors = torch.cat([torch.zeros(900, 2), torch.eye(2).repeat(50, 1)])
+    assert (draw_far(vectors, torch.zeros(1, 2), 20, torch.Generator().manual_seed(0)).sum(1) == 1).all()
+    far = draw_far(torch.tensor([[1.0], [3.0]]), torch.zeros(1, 1), 4000, torch.Generator().manual_seed(0))
+    assert abs((far == 3).float().mean() - 0.9) < 0.03      # in proportion to the squared distance
 
 
 def test_noise_leads_to_codes_that_look_alike():
@@ -400,6 +409,26 @@ def test_codes_equal_those_of_transformers(tmp_path, mult, blocks, levels):
         assert torch.equal(codes.flatten(), expected.flatten()) and len(codes.unique()) > 5
 
 
+def test_pixels_equal_those_of_transformers():
+    """Prevents a decoder that differs from taming's in the order of its levels, its upsampling or its attention."""
+    pytest.importorskip("transformers")
+    from transformers.models.janus.modeling_janus import JanusVQVAEConfig, JanusVQVAEDecoder    # taming's, too
+    ours = make(replace(TINY, ch_mult=(1, 1, 2), num_res_blocks=2, attn_levels=(2,)))
+    for layer in ours.modules():
+        if isinstance(layer, nn.GroupNorm):
+            layer.weight.data += 0.2 * torch.randn_like(layer.weight)
+            layer.bias.data += 0.2 * torch.randn_like(layer.bias)
+    reference = JanusVQVAEDecoder(JanusVQVAEConfig(base_channels=32, channel_multiplier=[1, 1, 2], num_res_blocks=2,
+                                                   latent_channels=16)).eval()
+    reference.load_state_dict({re.sub(r"^up\.(\d)", lambda m: f"up.{2 - int(m[1])}", name): tensor     # from the smallest up
+                               for name, tensor in ours.decoder.state_dict().items()})
+    codes = torch.randint(TINY.n_embed, (2, 4, 3))
+    with torch.no_grad():
+        wanted = reference(ours.post_quant_conv(ours.quantize.embedding(codes).permute(0, 3, 1, 2)))
+    torch.testing.assert_close(ours.decode(codes), wanted.clamp(-1, 1), atol=1e-5, rtol=1e-4)
+    assert (wanted.abs() < 1).float().mean() > 0.5
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The perceptual loss
 
@@ -449,3 +478,22 @@ def test_bad_perceptual_weights_are_refused(tmp_path):
     path.write_bytes(b"garbage")
     with pytest.raises(ValueError, match="vgg.pth: damaged"):
         Perceptual(path)
+
+
+@torch.no_grad()
+def test_perceptual_distance_by_hand(tmp_path):
+    """Prevents other constants, a stage without its pooling, or features that are not normalised."""
+    path = vgg_file(tmp_path / "vgg.pth")
+    state = {k: v.float() for k, v in torch.load(path, weights_only=True).items()}
+    a, b = noise(2, 3, 32, 32), noise(2, 3, 32, 32, seed=2)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)))
+    x, y, wanted, names = (a - mean) / std, (b - mean) / std, 0, [k for k in state if k.startswith("net") and "weight" in k]
+    for stage, width in enumerate(Perceptual.WIDTHS):
+        if stage:
+            x, y = (F.max_pool2d(z, 2) for z in (x, y))
+        for _ in width:
+            kernel = state[names.pop(0)]
+            x, y = (F.conv2d(z, kernel, padding=1).relu() for z in (x, y))
+        apart = (x / (x.norm(dim=1, keepdim=True) + 1e-10) - y / (y.norm(dim=1, keepdim=True) + 1e-10)).square()
+        wanted += (apart * state[f"lin{stage}.model.1.weight"]).sum(1).mean()
+    torch.testing.assert_close(Perceptual(path)(a, b), wanted)
