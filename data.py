@@ -415,7 +415,7 @@ class Scene(NamedTuple):
     objects: tuple[Object, ...]     # in the order of PLACES
 
 
-# All pairs of color and shape, in an order in which both take turns (without i // 6, half of them would never come); the
+# All pairs of color and shape, in an order in which both take turns (without i // 6 half of them would never come). The
 # first few, red circle, orange square and yellow triangle, are withheld from all training.
 PAIRS = [(list(COLORS)[i % 6], SHAPES[(i + i // 6) % 4]) for i in range(24)]
 WITHHELD = 3

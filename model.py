@@ -7,20 +7,21 @@ It is trained with one next-token loss; an image code is a token like any other,
 Parameter names are Hugging Face's, so that published weights load as they are.
 
 B batch   T queries   S keys   D hidden_size   H heads   G key-value heads   d head_dim   F intermediate_size
-L layers   V rows of the table   N positions that carry loss
+L layers   V rows of the table   N positions that carry loss   K codes   e dimensions of a code
 """
 
 import copy
 import importlib
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import flex_attention
 
 
 def require(true, message):
@@ -42,39 +43,38 @@ class Family:
     qkv_bias: bool = False
     qk_norm: bool = False           # queries and keys are normalised in each head
     post_norms: bool = False        # a norm behind attention and MLP, too
-    defaults: dict = field(default_factory=dict)    # keys of its config.json beyond SIZES: values when left out
 
-
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-         "max_position_embeddings")
-
-# As in the configuration classes of transformers 5.
-PLAIN = dict(num_key_value_heads=None, head_dim=None, hidden_act="silu", rms_norm_eps=1e-6, tie_word_embeddings=False,
-             rope_theta=10000.0, rope_scaling=None, rope_parameters=None)
-LLAMA = PLAIN | dict(attention_bias=False, mlp_bias=False)
-QWEN2 = PLAIN | dict(num_key_value_heads=32, use_sliding_window=False, sliding_window=4096, max_window_layers=28,
-                     layer_types=None)
-QWEN3 = QWEN2 | dict(head_dim=128, attention_bias=False)
-GEMMA = PLAIN | dict(num_key_value_heads=16, head_dim=256, hidden_act="gelu_pytorch_tanh", hidden_activation=None,
-                     tie_word_embeddings=True, attention_bias=False)
-SLIDING_GEMMA = GEMMA | dict(num_key_value_heads=4, hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256,
-                             sliding_window=4096, layer_types=None, final_logit_softcapping=None)
-GEMMA2 = SLIDING_GEMMA | dict(sliding_window_pattern=2, final_logit_softcapping=30.0, attn_logit_softcapping=50.0)
-GEMMA3 = SLIDING_GEMMA | dict(sliding_window_pattern=6, rope_theta=1e6, rope_local_base_freq=10000.0)
 
 as_gemma = partial(Family, unit_offset=True, embed_scale=True)
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", defaults=LLAMA),
-    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, defaults=QWEN2),
-    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, defaults=QWEN3),
-    "gemma": as_gemma("GemmaForCausalLM", defaults=GEMMA),
-    "gemma2": as_gemma("Gemma2ForCausalLM", post_norms=True, defaults=GEMMA2),
-    "gemma3_text": as_gemma("Gemma3ForCausalLM", qk_norm=True, post_norms=True, defaults=GEMMA3),
+    "llama": Family("LlamaForCausalLM"),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True),
+    "gemma": as_gemma("GemmaForCausalLM"),
+    "gemma2": as_gemma("Gemma2ForCausalLM", post_norms=True),
+    "gemma3_text": as_gemma("Gemma3ForCausalLM", qk_norm=True, post_norms=True),
 }
 
 ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "max_position_embeddings")
 ROPE_KEYS = {"default": (), "linear": ("factor",),
              "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+
+
+def is_positive(x):
+    return type(x) in (int, float) and x > 0
+
+
+def rope_type(scaling):
+    return scaling.get("rope_type", scaling.get("type", "default"))
+
+
+def check_rope(scaling):
+    require_choice("rope type", kind := rope_type(scaling), ROPE_KEYS)
+    for name in ROPE_KEYS[kind]:
+        value = scaling.get(name)
+        require(is_positive(value), f"{name} of rope type {kind} is {value!r}, not a positive number")
 
 
 @dataclass
@@ -109,8 +109,10 @@ class ModelConfig:
     def __post_init__(self):
         for name in (*SIZES, "num_key_value_heads", "head_dim"):
             require(type(n := getattr(self, name)) is int and n > 0, f"{name} is {n!r}, not a positive whole number")
-        for name in ("rms_norm_eps", "rope_theta"):
-            require(is_positive(x := getattr(self, name)), f"{name} is {x!r}, not a positive number")
+        optional = "rope_local_base_freq", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"
+        for name in ("rms_norm_eps", "rope_theta", *optional):
+            x = getattr(self, name)
+            require(is_positive(x) or x is None and name in optional, f"{name} is {x!r}, not a positive number")
         require_choice("model_type", self.model_type, FAMILIES)
         require_choice("hidden_act", self.hidden_act, ACTIVATIONS)
         require(self.num_attention_heads % self.num_key_value_heads == 0,
@@ -131,90 +133,6 @@ class ModelConfig:
 
     def slides(self, layer) -> bool:
         return bool(self.layer_types) and self.layer_types[layer] == "sliding_attention"
-
-
-def is_positive(x):
-    return type(x) in (int, float) and x > 0
-
-
-def rope_type(scaling):
-    return scaling.get("rope_type", scaling.get("type", "default"))
-
-
-def check_rope(scaling):
-    require_choice("rope type", kind := rope_type(scaling), ROPE_KEYS)
-    for name in ROPE_KEYS[kind]:
-        value = scaling.get(name)
-        require(is_positive(value), f"{name} of rope type {kind} is {value!r}, not a positive number")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# config.json, which older and newer releases of transformers spell differently
-
-def config_from_hf(hf) -> ModelConfig:
-    """Translate the dict of a config.json, of any age; ValueError for what this model does not have."""
-    kind = hf.get("model_type") if isinstance(hf, dict) else None
-    require_choice("model_type", kind, FAMILIES)
-    for name in SIZES:
-        require(name in hf, f"{name} is missing")
-    require(not hf.get("use_bidirectional_attention"), "use_bidirectional_attention is not supported")
-    defaults = FAMILIES[kind].defaults
-    known = defaults | {k: v for k, v in hf.items() if k in (*SIZES, *defaults, "model_type")}
-    head_dim = known["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"]
-    bias, types, act = bool(known.get("attention_bias")), layer_types_from_hf(known), known["hidden_act"]
-    if kind == "gemma" and act == "gelu":       # the first files say so, and mean this (huggingface/transformers#29402)
-        act = "gelu_pytorch_tanh"
-    known |= rope_from_hf(known) | {
-        "num_key_value_heads": known["num_key_value_heads"] or hf["num_attention_heads"], "head_dim": head_dim,
-        "hidden_act": known.get("hidden_activation") or act, "attention_bias": bias, "attention_out_bias": bias,
-        "layer_types": types, "sliding_window": known["sliding_window"] if types else None,
-        "query_pre_attn_scalar": known.get("query_pre_attn_scalar", head_dim)}
-    return ModelConfig(**{f.name: known[f.name] for f in fields(ModelConfig) if f.name in known})
-
-
-def layer_types_from_hf(known):
-    """The kind of each layer, or None where no layer slides; older files state a rule in place of the list."""
-    if known.get("sliding_window") is None or not known.get("use_sliding_window", True):
-        return None
-    every, first = known.get("sliding_window_pattern"), known.get("max_window_layers")
-    types = known["layer_types"] or [
-        "sliding_attention" if ((i + 1) % every if every else i >= first) else "full_attention"
-        for i in range(known["num_hidden_layers"])]
-    return None if set(types) == {"full_attention"} else types
-
-
-def rope_from_hf(known):
-    """Newer files keep everything in rope_parameters, where Gemma 3 has a dict for each kind of layer."""
-    rope, local = known["rope_parameters"] or {}, known.get("rope_local_base_freq")
-    if "rope_local_base_freq" in known:
-        sliding, rope = rope.get("sliding_attention") or {}, rope.get("full_attention") or {}
-        local = sliding.get("rope_theta", local)
-        require_choice("rope type of sliding layers", rope_type(sliding), ["default"])
-    theta = rope.get("rope_theta", known["rope_theta"])
-    rope = known["rope_scaling"] or rope
-    require(rope.get("partial_rotary_factor") in (None, 1), "partial_rotary_factor is not supported")
-    require_choice("rope type", kind := rope_type(rope), ROPE_KEYS)
-    rope = {"rope_theta": theta, "rope_type": kind,
-            "original_max_position_embeddings": known["max_position_embeddings"], **rope}
-    return {"rope_theta": rope["rope_theta"], "rope_local_base_freq": local,
-            "rope_scaling": None if kind == "default" else {k: rope.get(k) for k in ("rope_type", *ROPE_KEYS[kind])}}
-
-
-def config_to_hf(config) -> dict:
-    """The reverse, in the older spelling, which all releases read; ValueError if the family has no words for it."""
-    defaults, values = config.family.defaults, asdict(config)
-    hf = {"architectures": [config.family.architecture], "model_type": config.model_type}
-    hf |= {k: v for k, v in values.items() if k in SIZES or k in defaults}
-    scalar = config.query_pre_attn_scalar or config.head_dim
-    spelled = {"hidden_activation": config.hidden_act, "query_pre_attn_scalar": scalar,
-               "use_sliding_window": bool(config.layer_types),
-               "sliding_window": config.sliding_window or defaults.get("sliding_window"),
-               "layer_types": config.layer_types or ["full_attention"] * config.num_hidden_layers}
-    hf |= {k: v for k, v in spelled.items() if k in defaults}
-    read = asdict(config_from_hf(hf))
-    for name, value in (values | {"codebook_dim": 0, "codebook_size": 0, "query_pre_attn_scalar": scalar}).items():
-        require(read[name] == value, f"a {config.model_type} of transformers cannot have {name} {value!r}")
-    return hf
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,13 +186,13 @@ class Cache:
     reach: how many slots attention looks at. None is all that are filled, which is least work; a constant keeps every
     shape constant, as compiled steps and CUDA graphs need.
     """
-    def __init__(self, config, batch, slots, device=None, dtype=None, padding=None, reach=None):
-        shape = (batch, config.num_key_value_heads, slots, config.head_dim)
-        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-                          for _ in range(2))                        # for each layer (B, G, slots, d)
+    def __init__(self, config, batch, size, device=None, dtype=None, padding=None, reach=None):
+        shape = (batch, config.num_key_value_heads, size, config.head_dim)              # (B, G, slots, d)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.v = [torch.zeros_like(k) for k in self.k]
         self.padding = torch.zeros(batch, dtype=torch.long, device=device) if padding is None else padding  # (B,)
-        self.next = torch.zeros((), dtype=torch.long, device=device)    # the slot of the next token
-        self.filled, self.reach = 0, reach
+        self.next = torch.zeros((), dtype=torch.long, device=device)    # the slot of the next token, for CUDA graphs
+        self.filled, self.reach = 0, reach                              # the same on the host, unless reach is constant
 
     def advance(self, count):
         """Claim slots for `count` tokens -> their numbers (T,)."""
@@ -294,11 +212,12 @@ class Cache:
         reach = self.reach or self.filled
         return self.k[layer][:, :, :reach], self.v[layer][:, :, :reach]
 
-    def select(self, rows, slots, reach=None):
-        """A cache of `slots` slots whose row i continues row rows[i] of this one: read once, answered often."""
+    def select(self, rows, size, reach=None):
+        """A cache of `size` slots whose row i continues row rows[i] of this one: read once, answered often."""
         new = copy.copy(self)
-        new.k, new.v = ([F.pad(x[rows, :, :self.filled], (0, 0, 0, slots - self.filled)) for x in layers]
-                        for layers in (self.k, self.v))
+        room = (0, 0, 0, size - self.filled)                        # empty slots behind the filled ones
+        new.k = [F.pad(k[rows, :, :self.filled], room) for k in self.k]
+        new.v = [F.pad(v[rows, :, :self.filled], room) for v in self.v]
         new.padding, new.next, new.reach = self.padding[rows], self.next.clone(), reach
         if reach:                                                   # CUDA graphs write here, in place
             for tensor in (*new.k, *new.v, new.next):
@@ -306,42 +225,71 @@ class Cache:
         return new
 
 
-def visible(queries, keys, documents=None, padding=None, window=None):
-    """Which key each query may look at: itself and earlier ones of its own document -> (B or 1, 1, T, S) bool.
+def seen(documents=None, padding=None, window=None):
+    """Which key a query may look at: itself and earlier ones of its own document; a mask_mod of FlexAttention.
 
-    queries (T,) and keys (S,) number the slots; documents (B, T) numbers the examples of packed rows; padding (B,) is
-    how many slots at the start of a row hold nothing. What holds nothing sees itself alone: softmax needs one key.
+    documents (B, T) numbers the examples of packed rows, -1 where a row holds none; padding (B,) is how many slots at
+    the start of a row hold nothing. What holds nothing sees itself alone: softmax needs one key.
     """
-    distance = queries[:, None] - keys[None, :]                                     # (T, S)
-    mask = (distance >= 0 if window is None else (distance >= 0) & (distance < window))[None]
-    if documents is not None:
-        same = (documents[:, :, None] == documents[:, None, :]) & (documents[:, None, :] >= 0)
-        mask = mask & (same | (distance == 0))
-    if padding is not None:
-        mask = mask & ((keys >= padding[:, None])[:, None, :] | (distance == 0))
-    return mask[:, None]
+    def sees(b, head, query, key):
+        mask = query >= key
+        if window is not None:
+            mask = mask & (query - key < window)
+        if documents is not None:
+            mask = mask & (documents[b, query] == documents[b, key]) & (documents[b, query] >= 0)
+        if padding is not None:
+            mask = mask & (key >= padding[b])
+        return mask | (query == key)
+    return sees
 
 
-@lru_cache
+def visible(queries, keys, documents=None, padding=None, window=None):
+    """`seen` as a tensor, for the slots queries (T,) and keys (S,) -> (B or 1, 1, T, S) bool."""
+    rows = documents if padding is None else padding
+    b = torch.arange(1 if rows is None else len(rows), device=keys.device)[:, None, None, None]
+    return seen(documents, padding, window)(b, 0, queries[:, None], keys).expand(len(b), 1, -1, -1)
+
+
+once_compiled = lru_cache(torch.compile)
+
+
 def flex(name):
     """A function of torch's FlexAttention (arXiv 2412.05496), compiled: as it is, it would hold all scores."""
-    from torch.nn.attention import flex_attention                   # loads the compiler, which takes seconds
-    return torch.compile(getattr(flex_attention, name))
+    function = getattr(flex_attention, name)
+    return function if torch.compiler.is_compiling() else once_compiled(function)   # in a compiled block: a part of it
 
 
 def block_mask(documents, window=None):
-    """What `visible` says of packed rows (B, T), for FlexAttention, which skips blocks of which nothing is visible."""
-    def sees(b, h, query, key):
-        near = (query >= key) if window is None else (query >= key) & (query - key < window)
-        return (near & (documents[b, query] == documents[b, key]) & (documents[b, query] >= 0)) | (query == key)
+    """`seen` of packed rows (B, T), for FlexAttention, which skips blocks of which nothing is visible."""
     B, T = documents.shape
-    return flex("create_block_mask")(sees, B, None, T, T, documents.device)
+    return flex("create_block_mask")(seen(documents, window=window), B, None, T, T, documents.device)
+
+
+def attend(q, k, v, mask, scale, softcap=None):
+    """q (B, H, T, d), k and v (B, G, S, d), mask (B or 1, 1, T, S), None for causal or a block mask -> (B, H, T, d)."""
+    B, H, T, d = q.shape
+    G = k.shape[1]
+    if mask is not None and not torch.is_tensor(mask):
+        cap = (lambda score, b, h, query, key: softcap * torch.tanh(score / softcap)) if softcap else None
+        return flex("flex_attention")(q, k, v, cap, mask, scale, enable_gqa=H > G)
+    if T == 1 and H > G and not softcap:                            # decoding: a group's heads are queries of one head
+        y = F.scaled_dot_product_attention(q.view(B, G, H // G, d), k, v, mask, scale=scale)
+        return y.reshape(B, H, 1, d)
+    if H > G:                                                       # on GPUs, SDPA's kernels for masks know no groups
+        k, v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))
+    if not softcap:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
+    if mask is None:                                                # Gemma 2's cap, which no fused kernel has
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    scores = softcap * torch.tanh((q @ k.mT * scale).float() / softcap)         # (B, H, T, S)
+    return scores.masked_fill(~mask, float("-inf")).softmax(-1).type_as(q) @ v
 
 
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        c, self.config, self.layer = config, config, layer
+        c = self.config = config
+        self.layer = layer
         bias = c.attention_bias or c.family.qkv_bias
         self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=bias)
         self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias)
@@ -361,28 +309,6 @@ class Attention(nn.Module):
             k, v = cache.update(self.layer, slots, k, v)            # (B, G, S, d)
         y = attend(q, k, v, mask, self.scale, self.config.attn_logit_softcapping)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))     # (B, T, D)
-
-
-def attend(q, k, v, mask, scale, softcap=None):
-    """q (B, H, T, d), k and v (B, G, S, d), mask (B or 1, 1, T, S), None for causal or a block mask -> (B, H, T, d)."""
-    B, H, T, d = q.shape
-    G = k.shape[1]
-    if mask is not None and not torch.is_tensor(mask):
-        cap = (lambda score, b, h, query, key: softcap * torch.tanh(score / softcap)) if softcap else None
-        return flex("flex_attention")(q, k, v, cap, mask, scale, enable_gqa=H > G)
-    if softcap:                                                     # Gemma 2; no fused kernel has it
-        scores = (q.reshape(B, G, H // G, T, d) @ k.unsqueeze(2).mT * scale).float()
-        scores = softcap * torch.tanh(scores / softcap)             # (B, G, H/G, T, S)
-        if mask is None:
-            mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device).tril()[None, None]
-        weights = scores.masked_fill(~mask.unsqueeze(1), float("-inf")).softmax(-1).type_as(q)
-        return (weights @ v.unsqueeze(2)).reshape(B, H, T, d)
-    if T == 1 and H > G:                                            # decoding: a group's heads are queries of one head
-        y = F.scaled_dot_product_attention(q.view(B, G, H // G, d), k, v, mask, scale=scale)
-        return y.reshape(B, H, 1, d)
-    if H > G:                                                       # on GPUs, SDPA's kernels for masks know no groups
-        k, v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
 
 
 class MLP(nn.Module):
@@ -444,7 +370,7 @@ def learned_only(weight, learned):
     return weight if learned is None or not torch.is_grad_enabled() else torch.where(learned, weight, weight.detach())
 
 
-class Decoder(nn.Module):
+class Trunk(nn.Module):
     """Everything but the head; the name `model` and those within are Hugging Face's."""
     def __init__(self, config):
         super().__init__()
@@ -473,15 +399,15 @@ class Decoder(nn.Module):
         return None if documents is None and window is None else visible(slots, slots, documents, window=window)
 
     def forward(self, ids, table, positions=None, documents=None, cache=None):
-        """ids (B, T) -> x (B, T, D)."""
+        """ids (B, T) -> x (B, T, D); table is self.table(), which a caller of many steps makes once."""
         c, T = self.config, ids.shape[1]
-        slots = torch.arange(T, device=ids.device) if cache is None else cache.advance(T)
+        slots = torch.arange(T, device=ids.device) if cache is None else cache.advance(T)   # (T,)
         if positions is None:
             positions = slots[None] if cache is None else (slots - cache.padding[:, None]).clamp(min=0)
-        kinds = {block.sliding for block in self.layers}
-        windows = {sliding: c.sliding_window if sliding else None for sliding in kinds}
-        masks = {sliding: self.mask(slots, documents, cache, windows[sliding]) for sliding in kinds}
-        angles = {sliding: rope_angles(c, positions, sliding) for sliding in kinds}
+        masks, angles = {}, {}
+        for sliding in {block.sliding for block in self.layers}:    # each kind of layer has its window and its waves
+            masks[sliding] = self.mask(slots, documents, cache, c.sliding_window if sliding else None)
+            angles[sliding] = rope_angles(c, positions, sliding)
 
         x = F.embedding(ids, table)                                 # (B, T, D)
         if c.family.embed_scale:
@@ -494,6 +420,13 @@ class Decoder(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss: a head of 264,192 rows would fill gigabytes with logits, so they come and go in chunks
 
+def capped_logits(x, table, softcap, out=None):
+    """x (..., D), table (V, D) -> float32 logits (..., V), with a soft cap between -softcap and softcap (Gemma 2)."""
+    # Drawing has one position a row; for so thin an x, MKL takes half the time with the table as the left factor.
+    z = ((table @ x.mT).mT if out is None else torch.matmul(x, table.T, out=out)).float()
+    return z if softcap is None else z.div_(softcap).tanh_() * softcap
+
+
 class ChunkedNLL(torch.autograd.Function):
     """-log softmax(cap(x table^T))[target], chunk by chunk.
 
@@ -505,12 +438,6 @@ class ChunkedNLL(torch.autograd.Function):
     LEAST = 512         # but no fewer positions, which would make slow products
 
     @staticmethod
-    def logits(x, table, softcap, out=None):
-        # Drawing has one position a row; for so thin an x, MKL takes half the time with the table as the left factor.
-        z = ((table @ x.mT).mT if out is None else torch.matmul(x, table.T, out=out)).float()
-        return z if softcap is None else z.div_(softcap).tanh_() * softcap
-
-    @staticmethod
     def chunks(x, table, targets, z_loss, softcap, weights=None):
         """-> nll (N,), and with weights (N,) the gradients of (weights * nll).sum() for x and table."""
         nll = torch.empty(len(x), device=x.device)
@@ -519,7 +446,8 @@ class ChunkedNLL(torch.autograd.Function):
         buffer = x.new_empty(size, len(table))                      # fresh pages would cost a fifth of the product
         for i in range(0, len(x), size):
             s = slice(i, i + size)
-            z = ChunkedNLL.logits(x[s], table, softcap, buffer[:len(x[s])])  # (chunk, V)
+            z = capped_logits(x[s], table, softcap, buffer[:len(x[s])])  # (chunk, V)
+            # The slope of the cap: d/dz of c tanh(z / c) is 1 - tanh^2(z / c)
             slope = 1 - (z / softcap).square() if softcap and weights is not None else None
             wanted, most = z.gather(1, targets[s, None]), z.amax(-1, keepdim=True)
             total = z.sub_(most).exp_().sum(-1, keepdim=True)       # from here on, z / total is the softmax
@@ -527,6 +455,7 @@ class ChunkedNLL(torch.autograd.Function):
             nll[s] = (lse - wanted + z_loss * lse.square())[:, 0]
             if weights is not None:
                 w = weights[s, None]
+                # d/dz of w (lse - wanted + z_loss lse^2) is w (1 + 2 z_loss lse) softmax(z), less w at the target
                 g = z.mul_(w * (1 + 2 * z_loss * lse) / total).scatter_add_(1, targets[s, None], -w)
                 g = (g if slope is None else g.mul_(slope)).type_as(x)
                 dx[s] = g @ table
@@ -544,13 +473,102 @@ class ChunkedNLL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):                                        # (N,)
-        gradients, ctx.gradients, scale = ctx.gradients, None, grad[:1].sum()   # the first weight; 0 if there is none
+        scale = grad[:1].sum()                                      # the first weight; 0 if there is none
+        gradients, ctx.gradients = ctx.gradients, None              # scaled in place, so good for one backward only
         if gradients is None or (grad != scale).any():
             _, *gradients = ChunkedNLL.chunks(*ctx.saved_tensors, *ctx.options, grad)
         else:
             for g in gradients:
                 g.mul_(scale)
         return *gradients, None, None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config.json, which older and newer releases of transformers spell differently
+
+# Keys beyond SIZES, and their values when left out, as in the configuration classes of transformers 5:
+PLAIN = dict(num_key_value_heads=None, head_dim=None, hidden_act="silu", rms_norm_eps=1e-6, tie_word_embeddings=False,
+             rope_theta=10000.0, rope_scaling=None, rope_parameters=None)
+LLAMA = PLAIN | dict(attention_bias=False, mlp_bias=False)
+QWEN2 = PLAIN | dict(num_key_value_heads=32, use_sliding_window=False, sliding_window=4096, max_window_layers=28,
+                     layer_types=None)
+QWEN3 = QWEN2 | dict(head_dim=128, attention_bias=False)
+GEMMA = PLAIN | dict(num_key_value_heads=16, head_dim=256, hidden_act="gelu_pytorch_tanh", hidden_activation=None,
+                     tie_word_embeddings=True, attention_bias=False)
+SLIDING_GEMMA = GEMMA | dict(num_key_value_heads=4, hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256,
+                             sliding_window=4096, layer_types=None, final_logit_softcapping=None)
+GEMMA2 = SLIDING_GEMMA | dict(sliding_window_pattern=2, final_logit_softcapping=30.0, attn_logit_softcapping=50.0)
+GEMMA3 = SLIDING_GEMMA | dict(sliding_window_pattern=6, rope_theta=1e6, rope_local_base_freq=10000.0)
+DEFAULTS = {"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3, "gemma": GEMMA, "gemma2": GEMMA2, "gemma3_text": GEMMA3}
+
+
+def layer_types_from_hf(known):
+    """The kind of each layer, or None where no layer slides; older files state a rule in place of the list."""
+    if known.get("sliding_window") is None or not known.get("use_sliding_window", True):
+        return None
+    every, first = known.get("sliding_window_pattern"), known.get("max_window_layers")
+
+    def slides(i):      # Gemma: all but each `every`th; Qwen: from `first` on
+        return (i + 1) % every > 0 if every else i >= first
+    types = known["layer_types"] or ["sliding_attention" if slides(i) else "full_attention"
+                                     for i in range(known["num_hidden_layers"])]
+    return None if set(types) == {"full_attention"} else types
+
+
+def rope_from_hf(known):
+    """Newer files keep everything in rope_parameters, where Gemma 3 has a dict for each kind of layer."""
+    rope, local = known["rope_parameters"] or {}, known.get("rope_local_base_freq")
+    if "rope_local_base_freq" in known:
+        sliding, rope = rope.get("sliding_attention") or {}, rope.get("full_attention") or {}
+        local = sliding.get("rope_theta", local)
+        require_choice("rope type of sliding layers", rope_type(sliding), ["default"])
+    theta = rope.get("rope_theta", known["rope_theta"])
+    rope = known["rope_scaling"] or rope
+    require(rope.get("partial_rotary_factor") in (None, 1), "partial_rotary_factor is not supported")
+    require_choice("rope type", kind := rope_type(rope), ROPE_KEYS)
+    rope = {"rope_theta": theta, "rope_type": kind,
+            "original_max_position_embeddings": known["max_position_embeddings"], **rope}
+    return {"rope_theta": rope["rope_theta"], "rope_local_base_freq": local,
+            "rope_scaling": None if kind == "default" else {k: rope.get(k) for k in ("rope_type", *ROPE_KEYS[kind])}}
+
+
+def config_from_hf(hf) -> ModelConfig:
+    """Translate the dict of a config.json, of any age; ValueError for what this model does not have."""
+    kind = hf.get("model_type") if isinstance(hf, dict) else None
+    require_choice("model_type", kind, FAMILIES)
+    for name in SIZES:
+        require(name in hf, f"{name} is missing")
+    require(not hf.get("use_bidirectional_attention"), "use_bidirectional_attention is not supported")
+    defaults, heads = DEFAULTS[kind], hf["num_attention_heads"]
+    known = defaults | {k: v for k, v in hf.items() if k in (*SIZES, *defaults, "model_type")}
+    if kind == "gemma" and known["hidden_act"] == "gelu":   # the first files say so, and mean this (transformers#29402)
+        known["hidden_act"] = "gelu_pytorch_tanh"
+    known["hidden_act"] = known.get("hidden_activation") or known["hidden_act"]
+    known["num_key_value_heads"] = known["num_key_value_heads"] or heads
+    known["head_dim"] = known["head_dim"] or hf["hidden_size"] // heads
+    known.setdefault("query_pre_attn_scalar", known["head_dim"])
+    known["attention_bias"] = known["attention_out_bias"] = bool(known.get("attention_bias"))
+    known["layer_types"] = layer_types_from_hf(known)
+    known["sliding_window"] = known["sliding_window"] if known["layer_types"] else None
+    known |= rope_from_hf(known)
+    return ModelConfig(**{f.name: known[f.name] for f in fields(ModelConfig) if f.name in known})
+
+
+def config_to_hf(config) -> dict:
+    """The reverse, in the older spelling, which all releases read; ValueError if the family has no words for it."""
+    defaults, values = DEFAULTS[config.model_type], asdict(config)
+    hf = {"architectures": [config.family.architecture], "model_type": config.model_type}
+    hf |= {k: v for k, v in values.items() if k in SIZES or k in defaults}
+    scalar = config.query_pre_attn_scalar or config.head_dim
+    spelled = {"hidden_activation": config.hidden_act, "query_pre_attn_scalar": scalar,
+               "use_sliding_window": bool(config.layer_types),
+               "sliding_window": config.sliding_window or defaults.get("sliding_window"),
+               "layer_types": config.layer_types or ["full_attention"] * config.num_hidden_layers}
+    hf |= {k: v for k, v in spelled.items() if k in defaults}
+    read = asdict(config_from_hf(hf))
+    for name, value in (values | {"codebook_dim": 0, "codebook_size": 0, "query_pre_attn_scalar": scalar}).items():
+        require(read[name] == value, f"a {config.model_type} of transformers cannot have {name} {value!r}")
+    return hf
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -600,7 +618,7 @@ def read_tensors(path, wanted):
     try:
         with library.safe_open(path, framework="pt") as file:
             for name in file.keys():
-                if name == "lm_head.weight" and name not in wanted or name.endswith("rotary_emb.inv_freq"):
+                if (name == "lm_head.weight" and name not in wanted) or name.endswith("rotary_emb.inv_freq"):
                     continue                                        # the copy of a tied head; constants of old releases
                 require(name in wanted, f"{path}: tensor {name} has no place in the model of config.json")
                 shape, asked = tuple(file.get_slice(name).get_shape()), tuple(wanted[name].shape)
@@ -625,7 +643,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
+        self.model = Trunk(config)
         if not config.tie_word_embeddings:
             require(not config.codebook_dim, "rows made from a codebook need tied embeddings")
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -636,7 +654,7 @@ class Transformer(nn.Module):
             nn.init.normal_(layer.weight, 0.0, 0.02)
         if isinstance(layer, nn.Linear) and layer.bias is not None:
             nn.init.zeros_(layer.bias)
-        if isinstance(layer, (Attention, MLP)):                     # residual branches add up over 2L layers
+        if isinstance(layer, (Attention, MLP)):     # after their Linears: residual branches add up over 2L layers
             out = layer.o_proj if isinstance(layer, Attention) else layer.down_proj
             nn.init.normal_(out.weight, 0.0, 0.02 / (2 * self.config.num_hidden_layers) ** 0.5)
 
@@ -656,7 +674,7 @@ class Transformer(nn.Module):
     def logits(self, x, table, rows=None):
         """x (..., D) -> float32 logits (..., V), or of the rows (first, past_last) only."""
         head = self.head(table)
-        return ChunkedNLL.logits(x, head if rows is None else head[slice(*rows)], self.config.final_logit_softcapping)
+        return capped_logits(x, head if rows is None else head[slice(*rows)], self.config.final_logit_softcapping)
 
     def forward(self, ids, targets=None, positions=None, documents=None, cache=None, z_loss=0.0):
         """ids (B, T) -> logits (B, T, V); with targets (B, T) -> nll (B, T) float32, 0 where a target is -100.
@@ -667,11 +685,12 @@ class Transformer(nn.Module):
         x = self.model(ids, table, positions, documents, cache)     # (B, T, D)
         if targets is None:
             return self.logits(x, table)
-        learned, head = targets != -100, self.head(table)
+        head, where = self.head(table), (targets != -100).flatten().nonzero()[:, 0]     # (N,); waits for the GPU once
         if torch.is_autocast_enabled(ids.device.type):              # backward runs outside autocast: types must agree
             x, head = (y.to(torch.get_autocast_dtype(ids.device.type)) for y in (x, head))
-        nll = ChunkedNLL.apply(x[learned], head, targets[learned], z_loss, self.config.final_logit_softcapping)
-        return torch.zeros(ids.shape, device=ids.device).masked_scatter(learned, nll)
+        nll = ChunkedNLL.apply(x.flatten(0, 1)[where], head, targets.flatten()[where], z_loss,
+                               self.config.final_logit_softcapping)
+        return nll.new_zeros(ids.numel()).index_copy(0, where, nll).view(ids.shape)
 
     # Published weights and new rows
 
@@ -687,7 +706,8 @@ class Transformer(nn.Module):
                 require(name not in state, f"{path}: tensor {name} is in another file, too")
                 state[name] = tensor.to(device, dtype, copy=True)
         missing = sorted(wanted.keys() - state.keys())
-        require(not missing, f"{folder}: tensor {''.join(missing[:1])} is missing, and {len(missing) - 1} more")
+        if missing:
+            raise ValueError(f"{folder}: tensor {missing[0]} is missing, and {len(missing) - 1} more")
         model.load_state_dict(state, assign=True)
         return model
 
@@ -709,6 +729,7 @@ class Transformer(nn.Module):
     def extend_vocab(self, rows, generator=None):
         """Append rows to the table, and to an untied head: the mean of the old ones and noise that tells them apart."""
         require(not self.config.codebook_dim, "the vocabulary cannot grow behind rows made from a codebook")
+        require(self.model.learned is None, "the vocabulary has to grow before train_only_rows")
         self.config = self.model.config = replace(self.config, vocab_size=self.config.vocab_size + rows)
         self.model.embed_tokens.weight = grown(self.model.embed_tokens.weight, rows, generator)
         self.model.embed_tokens.num_embeddings += rows

@@ -434,7 +434,7 @@ def parallel(cfg, model, process):
     if process.world == 1:
         return model.to(process.device)
     if not cfg.shard:
-        return DistributedDataParallel(model.to(process.device), gradient_as_bucket_view=True)
+        return DistributedDataParallel(model.to(process.device), gradient_as_bucket_view=True, broadcast_buffers=False)
     mesh = init_device_mesh(process.device.type, (process.world,))
     bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)     # angles stay in float32
     policy = bf16 if process.device.type == "cuda" else MixedPrecisionPolicy()

@@ -36,7 +36,7 @@ class VQGANConfig:
     beta: float = 0.25                          # weight of the commitment loss
 
     def __post_init__(self):
-        self.ch_mult, self.attn_levels = tuple(self.ch_mult), tuple(self.attn_levels)
+        self.ch_mult, self.attn_levels = tuple(self.ch_mult), tuple(self.attn_levels)   # lists, if read from a file
         if self.ch % 32:
             raise ValueError(f"ch is {self.ch}: group norm needs a multiple of 32")
 
@@ -60,13 +60,12 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2 = norm(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        if c_in != c_out:
-            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()   # taming's name
 
     def forward(self, x):                                           # (B, c_in, h, w)
         h = self.conv1(F.silu(self.norm1(x)))                       # (B, c_out, h, w)
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return self.nin_shortcut(x) + h
 
 
 class AttnBlock(nn.Module):
@@ -135,13 +134,12 @@ class Encoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         widths = [config.ch * m for m in config.ch_mult]
-        last = len(widths) - 1
         self.patch = config.patch
         self.conv_in = nn.Conv2d(3 * config.patch ** 2, config.ch, 3, padding=1)
-        self.down = nn.ModuleList(
-            Level(widths[i - 1] if i else config.ch, c, config.num_res_blocks, i in config.attn_levels,
-                  downsample=Downsample(c) if i < last else None)
-            for i, c in enumerate(widths))
+        self.down = nn.ModuleList()
+        for i, (c_in, c_out) in enumerate(zip([config.ch, *widths], widths)):
+            down = Downsample(c_out) if i < len(widths) - 1 else None
+            self.down.append(Level(c_in, c_out, config.num_res_blocks, i in config.attn_levels, downsample=down))
         self.mid = Middle(widths[-1])
         self.norm_out = norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
@@ -157,14 +155,13 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         widths = [config.ch * m for m in config.ch_mult]
-        last = len(widths) - 1
         self.patch = config.patch
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1])
-        self.up = nn.ModuleList(                                    # taming numbers the levels as in the encoder
-            Level(widths[min(i + 1, last)], c, config.num_res_blocks + 1, i in config.attn_levels,
-                  upsample=Upsample(c) if i > 0 else None)
-            for i, c in enumerate(widths))
+        self.up = nn.ModuleList()                                   # numbered as in the encoder, run from last to first
+        for i, (c_in, c_out) in enumerate(zip(widths[1:] + widths[-1:], widths)):
+            up = Upsample(c_out) if i > 0 else None
+            self.up.append(Level(c_in, c_out, config.num_res_blocks + 1, i in config.attn_levels, upsample=up))
         self.norm_out = norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3 * config.patch ** 2, 3, padding=1)
 
@@ -181,8 +178,8 @@ class Decoder(nn.Module):
 
 def nearest(vectors, centres):
     """(N, e), (k, e) -> (N,) centres with the least squared distance; |v|^2, the same for all, is left out."""
-    norms = centres.pow(2).sum(1)
-    return torch.cat([torch.addmm(norms, part, centres.T, alpha=-2).argmin(1) for part in vectors.split(2 ** 16)])
+    norms, parts = centres.pow(2).sum(1), vectors.split(2 ** 14)    # half a gigabyte of distances to 8192 centres
+    return torch.cat([torch.addmm(norms, part, centres.T, alpha=-2).argmin(1) for part in parts])
 
 
 class Quantizer(nn.Module):
@@ -196,17 +193,17 @@ class Quantizer(nn.Module):
         self.l2_norm, self.beta = config.l2_norm, config.beta
         nn.init.uniform_(self.embedding.weight, -1.0 / config.n_embed, 1.0 / config.n_embed)
 
-    def place(self, x, dim=1):
+    def project(self, x, dim=1):
         """With l2_norm the point on the unit sphere, else x as it is."""
         return F.normalize(x, dim=dim) if self.l2_norm else x
 
     def codebook(self):
         """The rows that the decoder sees -> (K, e)."""
-        return self.place(self.embedding.weight, -1)
+        return self.project(self.embedding.weight, -1)
 
     def vectors(self, z):
         """(B, e, h, w) -> (N, e), on the sphere with l2_norm."""
-        return self.place(z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]), -1)
+        return self.project(z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]), -1)
 
     @torch.no_grad()
     def assign(self, z):
@@ -218,7 +215,7 @@ class Quantizer(nn.Module):
         return F.embedding(codes, self.codebook()).permute(0, 3, 1, 2)
 
     def forward(self, z):                                           # (B, e, h, w)
-        z = self.place(z)
+        z = self.project(z)
         codes = self.assign(z)                                      # (B, h, w)
         z_q = self.lookup(codes)
         # The codebook learns to follow the encoder; the encoder learns, beta times slower, to stay with its code.
@@ -296,10 +293,28 @@ def read_checkpoint(path, mmap=False) -> dict:
     return checkpoint
 
 
+def infer_config(state) -> VQGANConfig:
+    """A VQGANConfig from the names and shapes of taming's tensors."""
+    def count(pattern):
+        return len({m[1] for name in state if (m := re.match(pattern, name))})
+    try:
+        conv_in, conv_out = state["encoder.conv_in.weight"].shape, state["encoder.conv_out.weight"].shape
+        n_embed, embed_dim = state["quantize.embedding.weight"].shape
+        levels = count(r"encoder\.down\.(\d+)\.")
+        widths = [len(state[f"encoder.down.{i}.block.0.conv1.bias"]) for i in range(levels)]
+    except KeyError as missing:
+        raise ValueError(f"{missing} is missing") from None
+    return VQGANConfig(
+        ch=conv_in[0], ch_mult=[w // conv_in[0] for w in widths],
+        num_res_blocks=count(r"encoder\.down\.0\.block\.(\d+)\."),
+        attn_levels=[i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in state],
+        z_channels=conv_out[0], n_embed=n_embed, embed_dim=embed_dim, patch=round((conv_in[1] / 3) ** 0.5))
+
+
 class Output(NamedTuple):
-    pixels: torch.Tensor    # (B, 3, H, W), the reconstruction
-    codes: torch.Tensor     # (B, h, w); None while vectors pass unquantized
-    loss: torch.Tensor      # codebook and commitment loss, a scalar
+    pixels: torch.Tensor            # (B, 3, H, W), the reconstruction
+    codes: torch.Tensor | None      # (B, h, w); None while vectors pass unquantized
+    loss: torch.Tensor              # codebook and commitment loss, a scalar
 
 
 class VQGAN(nn.Module):
@@ -323,7 +338,10 @@ class VQGAN(nn.Module):
     def forward(self, pixels, quantize=True) -> Output:
         """With quantize=False, the vectors pass unquantized: how training begins, before there is a codebook."""
         z = self.latents(pixels)
-        z_q, codes, loss = self.quantize(z) if quantize else (self.quantize.place(z), None, z.new_zeros(()))
+        if quantize:
+            z_q, codes, loss = self.quantize(z)
+        else:
+            z_q, codes, loss = self.quantize.project(z), None, z.new_zeros(())
         return Output(self.decoder(self.post_quant_conv(z_q)), codes, loss)
 
     @torch.no_grad()
@@ -364,24 +382,6 @@ class VQGAN(nn.Module):
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a VQGAN checkpoint: {' '.join(str(error).split())[:300]}") from None
         return model.float().to(device).eval()
-
-
-def infer_config(state) -> VQGANConfig:
-    """A VQGANConfig from the names and shapes of taming's tensors."""
-    def count(pattern):
-        return 1 + max((int(m[1]) for m in (re.match(pattern, name) for name in state) if m), default=-1)
-    try:
-        conv_in, conv_out = state["encoder.conv_in.weight"].shape, state["encoder.conv_out.weight"].shape
-        n_embed, embed_dim = state["quantize.embedding.weight"].shape
-        levels = count(r"encoder\.down\.(\d+)\.")
-        widths = [len(state[f"encoder.down.{i}.block.0.conv1.bias"]) for i in range(levels)]
-    except KeyError as missing:
-        raise ValueError(f"{missing} is missing") from None
-    return VQGANConfig(
-        ch=conv_in[0], ch_mult=[w // conv_in[0] for w in widths],
-        num_res_blocks=count(r"encoder\.down\.0\.block\.(\d+)\."),
-        attn_levels=[i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in state],
-        z_channels=conv_out[0], n_embed=n_embed, embed_dim=embed_dim, patch=round((conv_in[1] / 3) ** 0.5))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -432,14 +432,16 @@ def blurred_pool(kernel):
 class Perceptual(nn.Module):
     """LPIPS (Zhang et al. 2018, arXiv 1801.03924): distance of two pictures in the features of VGG16.
 
-    weights: a file with the 13 convolutions of VGG16's trunk and 5 linear heads, as the lpips packages store them. Blur
-    filters in it are put behind the pooling (shift-tolerant LPIPS, Ghildyal and Liu 2022, arXiv 2207.13686).
+    weights: a file with the 13 convolutions of VGG16's trunk and 5 linear heads, such as vgg_shift_tolerant.pth in
+    PyPI's stlpips-pytorch (the file in PyPI's lpips lacks the trunk). Blur filters in it are put behind the pooling
+    (shift-tolerant LPIPS, Ghildyal and Liu 2022, arXiv 2207.13686).
     """
     WIDTHS = (64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)
 
     def __init__(self, weights):
         super().__init__()
         state = {k: v for k, v in read_checkpoint(weights).items() if isinstance(v, torch.Tensor)}
+        # Packages number the layers differently: order and shapes tell what is what.
         kernels = [v for k, v in state.items() if v.ndim == 4 and v.shape[1] > 1 and v.shape[2:] == (3, 3)]
         biases = [v for k, v in state.items() if v.ndim == 1 and k.endswith("bias")]
         heads = [v for k, v in state.items() if k.startswith("lin") and v.shape[:1] + v.shape[2:] == (1, 1, 1)]
@@ -464,10 +466,13 @@ class Perceptual(nn.Module):
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
         self.requires_grad_(False)
 
-    def forward(self, a, b):                                        # (B, 3, H, W) each, in [-1, 1]
-        x, distance = (torch.cat([a, b]) - self.mean) / self.std, 0.0
-        for stage, head in zip(self.stages, self.heads):
+    def features(self, pixels):                                     # (B, 3, H, W)
+        x = (pixels - self.mean) / self.std
+        for stage in self.stages:
             x = stage(x)
-            fa, fb = F.normalize(x, dim=1, eps=1e-10).chunk(2)      # (B, C, h, w) each
-            distance = distance + F.conv2d((fa - fb).pow(2), head).mean()
-        return distance
+            yield F.normalize(x, dim=1, eps=1e-10)                  # (B, C, h, w)
+
+    def forward(self, a, b):
+        """Pictures (B, 3, H, W) in [-1, 1] -> a scalar. Each goes through VGG16 alone: a target needs no backward."""
+        return sum(F.conv2d((fa - fb).pow(2), head).mean()
+                   for fa, fb, head in zip(self.features(a), self.features(b), self.heads))

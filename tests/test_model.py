@@ -217,6 +217,7 @@ def test_train_only_rows(options):
     ({"model_type": "mamba"}, "model_type 'mamba'"), ({"num_key_value_heads": 3}, "cannot share"), ({"hidden_size": 0}, "is 0"),
     ({"layer_types": ["full_attention"]}, "names 1 of 4"), ({"layer_types": ["none"] * 4}, "layer type 'none'"),
     ({"layer_types": ["sliding_attention"] * 4}, "sliding_window is None"), ({"head_dim": 7}, "need pairs"),
+    ({"query_pre_attn_scalar": -5}, "query_pre_attn_scalar is -5"), ({"attn_logit_softcapping": "30"}, "softcapping is '30'"),
     ({"rope_scaling": {"type": "yarn"}}, "'yarn' is not supported"), ({"rope_scaling": {"type": "linear"}}, "factor of rope")])
 def test_bad_configurations(options, message):
     with pytest.raises(ValueError, match=message):

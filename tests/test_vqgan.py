@@ -111,7 +111,7 @@ def test_the_gradient_passes_straight_through(l2_norm):
     quantizer, z = make_quantizer(l2_norm)
     weights = noise(*z.shape, seed=2)
     (quantizer(z)[0] * weights).sum().backward()
-    through, = torch.autograd.grad((quantizer.place(z) * weights).sum(), z)
+    through, = torch.autograd.grad((quantizer.project(z) * weights).sum(), z)
     torch.testing.assert_close(z.grad, through if l2_norm else weights)
     assert quantizer.embedding.weight.grad is None or not quantizer.embedding.weight.grad.any()
 
