@@ -542,6 +542,13 @@ def fit_line(x, y):
     return np.polyfit(x, y, 1)[0], np.corrcoef(x, y)[0, 1] ** 2
 
 
+def fit_power(x, y, floor=0.0):
+    """y = floor + a x^b by least squares of the logarithms -> b, R squared of log y."""
+    x, y = np.asarray(x), np.asarray(y)
+    b, log_a = np.polyfit(np.log(x), np.log(y - floor), 1)
+    return b, np.corrcoef(np.log(floor + np.exp(log_a) * x ** b), np.log(y))[0, 1] ** 2
+
+
 def mean_and_spread(values) -> str:
     """With the standard deviation over seeds."""
     spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
@@ -564,9 +571,13 @@ def print_comparison(flags, groups, names):
 def print_laws(groups, loss, score):
     """How the loss follows from compute, if the sizes differ, and the score from the loss; each run is a point."""
     runs = [run for group in groups.values() for run in group if loss in run.results]
-    if len({run.size for run in runs}) > 2:
-        slope, r2 = fit_line(*np.log([(run.curve[-1][0], run.results[loss]) for run in runs]).T)
-        print(f"{loss} ~ FLOPs^{slope:.3f} at the end of training (R squared {r2:.3f}, {len(runs)} runs)")
+    if len({run.size for run in runs}) > 3:
+        ends = list(zip(*((run.curve[-1][0], run.results[loss]) for run in runs)))      # FLOPs, losses
+        power, r2 = fit_power(*ends)
+        print(f"{loss} ~ FLOPs^{power:.3f} at the end of training (R squared {r2:.3f}, {len(runs)} runs)")
+        floor = max(np.linspace(0, min(ends[1]), 200, endpoint=False), key=lambda floor: fit_power(*ends, floor)[1])
+        power, r2 = fit_power(*ends, floor)
+        print(f"{loss} ~ {floor:.3f} + a FLOPs^{power:.3f} with the floor that fits best (R squared {r2:.3f})")
     scored = [(run.results[loss], run.results[score]) for run in runs if score in run.results]
     if len(scored) > 2:
         slope, r2 = fit_line(*zip(*scored))

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -376,15 +377,24 @@ def finished(folder, width, seed, loss, score, **flags):
 def test_compare_groups_runs_by_what_differs_but_the_seed(tmp_path, capsys):
     """Seeds that count as settings, a mean over what differs, a law fitted to the wrong axis."""
     runs = [finished(tmp_path / f"{w}-{s}", w, s, 16.0 * w ** -0.5 * noise, w / 100)
-            for w in (4, 16, 64) for s, noise in ((0, 0.9), (1, 1.1))]
+            for w in (4, 16, 64, 256) for s, noise in ((0, 0.9), (1, 1.1))]
     sample.main(["compare", *runs, "--show", "val_t2i,t2i_exact", "--save", str(tmp_path / "runs.json")])
     printed = capsys.readouterr().out
     sample.main(["compare", str(tmp_path / "runs.json"), "--show", "val_t2i,t2i_exact"])
     lines = capsys.readouterr().out.splitlines()
     assert printed.splitlines() == lines
     assert lines[0] == "| hidden_size | parameters | seeds | val_t2i | t2i_exact |"
-    assert lines[2] == "| 4 | 16 | 2 | 8.000 ± 1.131 | 0.040 ± 0.000 |" and len([x for x in lines if x[0] == "|"]) == 5
-    assert "val_t2i ~ FLOPs^-0.250 at the end" in lines[5]      # width^2 parameters, equal steps
+    assert lines[2] == "| 4 | 16 | 2 | 8.000 ± 1.131 | 0.040 ± 0.000 |" and len([x for x in lines if x[0] == "|"]) == 6
+    assert "val_t2i ~ FLOPs^-0.250 at the end" in lines[6]      # width^2 parameters, equal steps
+
+
+def test_compare_finds_the_floor_of_a_power(tmp_path, capsys):
+    """A loss that bends towards what no size can learn, read as a power with a smaller exponent."""
+    runs = [finished(tmp_path / str(w), w, 0, 0.5 + 16 / w, w / 512) for w in (8, 32, 128, 512)]
+    sample.main(["compare", *runs, "--show", "val_t2i"])
+    pure, above = capsys.readouterr().out.splitlines()[6:8]
+    assert "FLOPs^-0.1" in pure
+    assert [float(x) for x in re.findall(r"-?\d\.\d+", above)] == pytest.approx([0.5, -0.5, 1.0], abs=0.01)
 
 
 def test_compare_sees_flags_that_an_older_run_lacks(tmp_path, capsys):
