@@ -241,7 +241,7 @@ def vqgan(size=128, batch=4):
         out = peer(pixels)
         (F.mse_loss(out.sample, pixels) + out.commit_loss.mean()).backward()
 
-    theirs, mine = seconds(lambda: encode(chameleon), lambda: encode(ours))
+    theirs, mine = seconds(lambda: encode(chameleon), lambda: encode(ours), repeats=15)
     name = f"VQGAN of half Chameleon's width, {size} pixels: "
     row(name + "images/s over transformers'", theirs / mine, 1, f"{batch / mine:.1f} images/s")
     theirs, mine = seconds(train_peer, train_ours)
