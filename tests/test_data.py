@@ -36,12 +36,14 @@ def random_scenes(n, unseen=False):
 @pytest.mark.parametrize("side", [64, 32])
 @pytest.mark.parametrize("unseen", [False, True])
 def test_a_perfect_drawing_gets_a_perfect_grade(side, unseen):
+    """Two scenes that look alike to the grader, so that a flawless drawing can lose."""
     for scene in random_scenes(100, unseen):
         image = data.draw(scene, side)
         assert image.size == (side, side) and data.grade(image) == scene
 
 
 def test_grade_forgives_small_errors_of_a_tokenizer():
+    """A right drawing that counts as wrong for the grain that a tokenizer leaves on it."""
     rng = np.random.default_rng(0)
     for scene in random_scenes(10):
         noisy = np.asarray(data.draw(scene), np.float32) + rng.normal(0, 20, (64, 64, 3))
@@ -49,6 +51,7 @@ def test_grade_forgives_small_errors_of_a_tokenizer():
 
 
 def test_every_phrasing_of_a_scene_is_read_back():
+    """A right caption that scores nothing for its phrasing, or a phrasing that never comes."""
     openings = set()
     for i, scene in enumerate(random_scenes(200) + random_scenes(100, unseen=True)):
         for k in range(6):
@@ -71,6 +74,7 @@ def test_every_phrasing_of_a_scene_is_read_back():
     "a small square at the top left on a white background",
     "not a small red square at the top left on a white background"])
 def test_a_caption_that_does_not_name_a_scene_scores_nothing(caption):
+    """Half a description, a contradiction or a denial that is scored as a scene."""
     assert data.read_description(caption) is None
 
 
@@ -95,6 +99,7 @@ def test_withheld_combinations_never_reach_training(count):
 
 
 def test_validation_is_never_trained_on():
+    """Held-out scores of scenes and sentences that were learned by heart."""
     splits = data.built_in(0, train=2000, val=100, unseen=0)
     seen = {p.open.args[0] for p in splits["train"].pictures}
     assert not seen & {p.open.args[0] for p in splits["val"].pictures}
@@ -108,6 +113,7 @@ def content(pictures):
 
 
 def test_scene_i_depends_on_seed_name_and_i_alone():
+    """Other scenes because somebody asked for more of them, or the same ones for every seed and split."""
     few, many = content(data.scenes(5, 3, "train")), content(data.scenes(30, 3, "train"))
     assert few == many[:5]
     skip = {many[2][1][0]}
@@ -116,6 +122,7 @@ def test_scene_i_depends_on_seed_name_and_i_alone():
 
 
 def test_answers_are_true():
+    """A false answer, learned and then scored as the truth; a question about the color of nothing."""
     red, blue = Object("small", "red", "square", "top left"), Object("large", "blue", "star", "bottom right")
     there = {"top left": red, "bottom right": blue}
     answers = dict(data.questions(Scene("pink", (red, blue))))
@@ -136,6 +143,7 @@ VOCAB = Vocab(bos=300, eos=301, pad=302, boi=303, eoi=304, uncond=305, image_sta
 
 
 def test_codes_and_ids_are_inverses():
+    """Codes that come back from the vocabulary as other codes, flattened or in another type."""
     codes = torch.arange(16).view(2, 2, 4)
     ids = VOCAB.codes_to_ids(codes)
     assert ids.shape == codes.shape and ids.dtype == torch.int64 and torch.equal(VOCAB.ids_to_codes(ids), codes)
@@ -145,11 +153,13 @@ def test_codes_and_ids_are_inverses():
 @pytest.mark.parametrize("convert, wrong", [("codes_to_ids", [-1, 0]), ("codes_to_ids", [15, 16]),
                                             ("ids_to_codes", [399, 400]), ("ids_to_codes", [415, 416])])
 def test_nothing_outside_the_image_range_is_converted(convert, wrong):
+    """A word that is decoded as a code, or a code that lands on a row behind the codebook's, in silence."""
     with pytest.raises(ValueError, match="image range"):
         getattr(VOCAB, convert)(wrong)
 
 
 def test_text_and_image_rows_are_disjoint_and_cover_the_embedding():
+    """A code that shares its row with a word, or a special token behind the codes that has no row at all."""
     (a, b), (c, d) = VOCAB.text_rows, VOCAB.image_rows
     assert (a, b, c, d) == (0, 400, 400, 416) and VOCAB.size == 416
     behind = Vocab(1, 2, 0, boi=416, eoi=417, uncond=418, image_start=400, image_size=16)
@@ -159,12 +169,14 @@ def test_text_and_image_rows_are_disjoint_and_cover_the_embedding():
 
 
 def test_a_vocabulary_survives_its_checkpoint():
+    """A loaded run with other special tokens, or ids that change while a model uses them."""
     assert Vocab(**json.loads(json.dumps(asdict(VOCAB)))) == VOCAB
     with pytest.raises(AttributeError):
         VOCAB.bos = 1
 
 
 def test_any_text_comes_back_as_it_was():
+    """Spaces, accents or lone surrogates that are lost between a caption and its ids."""
     hypothesis = pytest.importorskip("hypothesis")
     tokenizer = WordTokenizer.learn(["the cat, the cat. The\ncat \u00e9t\u00e9 \ud800"] * 3)
 
@@ -179,6 +191,7 @@ def test_any_text_comes_back_as_it_was():
 
 
 def test_known_words_are_one_id_and_unknown_words_are_bytes():
+    """A rare word that vanishes or takes a row of its own, or a common one that is spelled out in bytes."""
     tokenizer = WordTokenizer.learn(["the cat"] * 3 + ["a dog"] * 2)
     assert set(tokenizer.words) == {"the", " cat"}
     assert len(tokenizer.encode("the cat")) == 2 and len(tokenizer.encode(" d\u00f6g")) == 5
@@ -187,12 +200,14 @@ def test_known_words_are_one_id_and_unknown_words_are_bytes():
 
 
 def test_broken_bytes_and_special_tokens_do_not_stop_the_decoder():
+    """A traceback in place of text when a model writes half a character, or a special token that shows."""
     tokenizer = WordTokenizer([" cat"])
     assert tokenizer.decode([6 + 0xff, 262]) == "\ufffd cat"
     assert tokenizer.decode([0, 1, 2, 3, 4, 5, 262, 6 + 0xc3]) == " cat\ufffd"
 
 
 def test_a_tokenizer_survives_its_checkpoint():
+    """A loaded run that spells its words with other ids than those it was trained on."""
     tokenizer = WordTokenizer.learn(["one two three"] * 3)
     other = data.load_tokenizer(json.loads(json.dumps(tokenizer.state())))
     assert other.encode("three two four") == tokenizer.encode("three two four") and other.size == tokenizer.size
@@ -244,6 +259,7 @@ TEXT = data.render_text(VOCAB, Bytes(), "a dog")
     (VQA, [([300, *b"U:", *PICTURE, *b"\nhow?EM:"], 0), (b"soE", 1), (b"U:why?EM:", 0), (b"noE", 1), ([301], 1)]),
     (TEXT, [([300], 0), ([*b"a dog", 301], 1)])], ids=data.TASKS)
 def test_targets_are_exactly_the_answer_shifted_by_one(rendering, layout):
+    """Loss on the prompt, none on the answer's end, or all targets one place off."""
     ids = [i for part, _ in layout for i in part]
     answer = [i if learned else IGNORE for part, learned in layout for i in part]
     assert rendering == (ids, answer[1:] + [IGNORE])
@@ -257,18 +273,21 @@ def test_targets_are_exactly_the_answer_shifted_by_one(rendering, layout):
     (data.render_text(VOCAB, Bytes(), "", ended=False), TEXT, ord("a")),
     (data.render_text(VOCAB, Bytes(), "a d", ended=False), TEXT, ord("o"))])
 def test_sampling_sees_the_prompt_of_training(prompt, whole, first_answer):
+    """A prompt in sampling that training never had, and answers that are worse for it."""
     n = len(prompt[0])
     assert n < len(whole[0]) and whole[0][:n] == prompt[0] and whole[0][n] == first_answer
     assert whole[1][n - 1] == first_answer and len(prompt[1]) == n
 
 
 def test_the_unconditional_rendering_holds_no_words():
+    """Guidance that leads away from words, as its unconditional half still reads some."""
     assert data.render_t2i(VOCAB, Bytes(), None)[0] == [300, 305, 303]
     ids, targets = data.render_t2i(VOCAB, Bytes(), None, CODES)
     assert ids == [300, 305, *PICTURE, 301] and targets == [IGNORE, IGNORE, 403, 400, 415, 407, 304, 301, IGNORE]
 
 
 def test_prompts_stay_prefixes_under_a_tokenizer_that_merges():
+    """A prompt that ends in other tokens once its answer follows: training never saw it as sampling writes it."""
     tokenizer = WordTokenizer.learn(["Question: Answer: The caption of this image is: what is it? a red star\n"] * 3)
     vocab = tokenizer.vocab(16)
     for prompt, whole in (
@@ -301,6 +320,7 @@ def two(mode, *values):
 
 
 def test_palette_pictures_are_read_by_their_colors():
+    """Palette numbers taken for shades of gray, or a transparent entry that keeps its hidden color."""
     image = two("P", 0, 1)
     image.putpalette([*RED, *BLUE])
     assert loaded(image) == [RED, BLUE]
@@ -309,6 +329,7 @@ def test_palette_pictures_are_read_by_their_colors():
 
 
 def test_transparency_is_shown_on_white_not_black():
+    """Logos on black squares, or colors that were hidden under transparent pixels."""
     assert loaded(two("RGBA", (0, 0, 0, 0), (255, 0, 0, 255))) == [WHITE, RED]
     assert loaded(two("LA", (0, 0), (7, 255))) == [WHITE, (7, 7, 7)]
     (half,) = set(loaded(Image.new("RGBA", (1, 1), (255, 0, 0, 128))))
@@ -317,6 +338,7 @@ def test_transparency_is_shown_on_white_not_black():
 
 
 def test_gray_and_print_colors_become_rgb():
+    """Gray or one-bit pictures without three channels, or print colors that come out inverted."""
     assert loaded(two("L", 0, 9)) == [(0, 0, 0), (9, 9, 9)]
     assert loaded(two("1", 0, 1)) == [(0, 0, 0), WHITE]
     cmyk = loaded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100)
@@ -324,6 +346,7 @@ def test_gray_and_print_colors_become_rgb():
 
 
 def test_sixteen_bits_are_scaled_not_clipped():
+    """Scans of 16 bits that turn almost wholly white."""
     wide = Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16))
     assert data.load_image(saved(wide, "PNG")).size == (3, 1)
     assert loaded(wide) == [(0, 0, 0), (100, 100, 100), WHITE]
@@ -331,6 +354,7 @@ def test_sixteen_bits_are_scaled_not_clipped():
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP"])
 def test_a_photograph_stands_upright(format):
+    """Photographs of a turned camera that the model learns lying on their side."""
     exif = Image.Exif()
     exif[0x0112] = 6        # the camera was turned: left is up
     options = {"lossless": True} if format == "WEBP" else {}
@@ -340,6 +364,7 @@ def test_a_photograph_stands_upright(format):
 
 @pytest.mark.parametrize("format, options", [("GIF", {}), ("WEBP", {"lossless": True})])
 def test_of_an_animation_the_first_picture_is_taken(format, options):
+    """A later frame, or a mixture of all, where the caption speaks of the first."""
     frames = [Image.new("RGB", (4, 4), color) for color in (RED, BLUE)]
     assert set(loaded(frames[0], format, save_all=True, append_images=frames[1:], **options)) == {RED}
 
@@ -347,10 +372,12 @@ def test_of_an_animation_the_first_picture_is_taken(format, options):
 @pytest.mark.parametrize("size", [(1, 1), (1, 2000), (2000, 1), (3, 2), (1, 200_000)])
 @pytest.mark.parametrize("pad", [False, True])
 def test_any_shape_fits(size, pad):
+    """A strip one pixel wide that shrinks to nothing, or whose padded square does not fit into memory."""
     assert data.fit(Image.new("RGB", size, RED), 32, pad).size == (32, 32)
 
 
 def test_padding_crops_nothing_and_cropping_keeps_the_centre():
+    """Edges that --pad cuts off, a crop beside the centre, or a picture that fits already and is blurred."""
     thirds = Image.new("RGB", (48, 16))
     for i, color in enumerate((RED, WHITE, BLUE)):
         thirds.paste(color, (i * 16, 0, i * 16 + 16, 16))
@@ -365,6 +392,7 @@ def test_padding_crops_nothing_and_cropping_keeps_the_centre():
 
 
 def test_pixels_and_image_are_exact_inverses():
+    """A picture that loses a shade on its way through pixels, or too bright pixels that wrap round to black."""
     values = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
     values[..., 1] = values[..., 1].T
     pixels = data.to_pixels(Image.fromarray(values))
@@ -375,6 +403,7 @@ def test_pixels_and_image_are_exact_inverses():
 
 
 def test_a_grid_holds_every_image():
+    """A sheet of samples without its last row, which is not full."""
     sheet = data.grid([Image.new("RGB", (2, 3), color) for color in (RED, BLUE, RED)], 2, gap=1)
     assert sheet.size == (5, 7) and [sheet.getpixel(at) for at in ((0, 0), (3, 0), (0, 4), (3, 4))] == [RED, BLUE, RED, WHITE]
 
@@ -403,6 +432,7 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), n
     *(saved(NOISE, f).getvalue()[:-n] for f in ("PNG", "JPEG", "WEBP", "GIF") for n in (200, 400))],
     ids=lambda raw: f"{len(raw)} bytes")
 def test_an_unreadable_picture_is_a_value_error_that_names_it(tmp_path, raw):
+    """A traceback out of Pillow, or a header that asks for all memory, and no word about which file it was."""
     file = tmp_path / "broken.png"
     file.write_bytes(raw)
     with pytest.raises(ValueError, match=re.escape(f"{file}: not a readable picture")):
@@ -410,12 +440,14 @@ def test_an_unreadable_picture_is_a_value_error_that_names_it(tmp_path, raw):
 
 
 def test_a_missing_picture_or_a_folder_is_a_value_error_that_names_it(tmp_path):
+    """A missing file, or a folder in place of one, that ends in a traceback."""
     for file in (tmp_path / "nowhere.png", tmp_path):
         with pytest.raises(ValueError, match=re.escape(str(file))):
             data.load_image(file)
 
 
 def test_damaged_files_raise_nothing_but_value_errors():
+    """One wrong byte in a picture that ends a run with an exception that nobody catches."""
     rng = random.Random(0)
     files = [saved(NOISE, f).getvalue() for f in ("PNG", "JPEG", "WEBP", "GIF")]
     for i in range(400):
@@ -449,6 +481,7 @@ def refused(function, path, *words):
 
 
 def test_a_folder_is_read_with_its_captions_and_questions(tmp_path):
+    """Captions beside the wrong picture, or pictures passed over for their capital suffix or their subfolder."""
     put(tmp_path / "a.png", png())
     put(tmp_path / "a.txt", " a red square\n")
     put(tmp_path / "deep" / "er" / "B.JPG", png(BLUE))
@@ -468,18 +501,21 @@ def test_a_folder_is_read_with_its_captions_and_questions(tmp_path):
 @pytest.mark.parametrize("note", ["{", "[]", "3", '{"caption": 3}', '{"qa": 3}', '{"qa": [["only a question"]]}', '{"qa": null}',
                                   '{"qa": [["how many?", null]]}', '{"qa": [1]}', "[" * 100_000], ids=lambda note: note[:70])
 def test_a_broken_note_beside_a_picture_is_named(tmp_path, note):
+    """A slip in one of many .json files that is ignored, or a traceback that does not say in which."""
     put(tmp_path / "a.png", png())
     put(tmp_path / "a.json", note)
     refused(data.read_pictures, tmp_path, tmp_path / "a.png", ".json")
 
 
 def test_a_caption_that_is_not_text_is_named(tmp_path):
+    """Bytes of a stray file that are learned as a caption, or a decoding error that does not say whose."""
     put(tmp_path / "a.png", png())
     put(tmp_path / "a.txt", b"\xff\xfe\x00")
     refused(data.read_pictures, tmp_path, tmp_path / "a.txt", "UTF-8")
 
 
 def test_every_layout_of_jsonl_is_read(tmp_path):
+    """A published list that has to be rewritten first, or a line cut in two within its caption."""
     for name in "abc":
         put(tmp_path / "sub" / f"{name}.png", png())
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A square."},
@@ -521,6 +557,7 @@ def test_lines_about_one_picture_are_one_picture(tmp_path):
         "[[1, 2], [3]]", f"[{10 ** 30}]", f"[{2 ** 63}]", "[true]", "[null]", "1.5", json.dumps("[" * 100_000))),
     '{"vqcode_512": [0]}'], ids=lambda line: line[:70])
 def test_a_broken_line_is_a_value_error_with_file_and_line(tmp_path, line):
+    """One bad line among a million that is trained on, or a traceback that does not say which."""
     file = put(tmp_path / "x.jsonl", '{"image": "a.png", "text": "fine"}\n' + line + "\n")
     refused(data.read_pictures, file, file, "line 2")
 
@@ -545,6 +582,7 @@ def link(name, target, kind):
 
 
 def test_tar_shards_are_read(tmp_path):
+    """A picture that loses its caption in a tar, or that a spawned worker cannot open."""
     tar_of(tmp_path / "0.tar", [("x/000.png", png()), ("x/000.txt", b"first"),
                                 ("x/000.json", b'{"qa": [["q", "a"]]}'), ("x/001.cls", b"3")])
     tar_of(tmp_path / "1.tar", [("000.txt", b"second"), ("000.JPG", png(BLUE)), ("broken.webp", b"nothing")])
@@ -557,6 +595,7 @@ def test_tar_shards_are_read(tmp_path):
 
 
 def test_a_tar_can_neither_write_nor_lead_elsewhere(tmp_path):
+    """A stranger's tar that writes files outside of it, or whose links make training read them."""
     secret = put(tmp_path / "secret.png", png(BLUE))
     outside = f"{tmp_path}/absolute.png"
     inner = tmp_path / "in"
@@ -573,6 +612,7 @@ def test_a_tar_can_neither_write_nor_lead_elsewhere(tmp_path):
 
 
 def test_a_damaged_tar_is_a_value_error_that_names_it(tmp_path):
+    """A download that broke off, or a bad note inside, as a traceback that does not say which tar."""
     whole = tar_of(tmp_path / "x.tar", [("a.png", png()), ("a.txt", b"x" * 2000), ("a.json", b"{}")]).read_bytes()
     for raw in (b"", b"no tar", whole[:100], whole[:512 + 20], whole[:4 * 512], zlib.compress(whole)):
         refused(data.read_pictures, put(tmp_path / "y.tar", raw), tmp_path / "y.tar")
@@ -585,6 +625,7 @@ def test_a_damaged_tar_is_a_value_error_that_names_it(tmp_path):
 
 
 def test_a_source_without_pictures_is_a_value_error_that_names_it(tmp_path):
+    """A typing error in --data that starts a run on nothing."""
     empty = tmp_path / "empty"
     empty.mkdir()
     for path in (empty, tmp_path / "nowhere", tmp_path / "no.jsonl", tmp_path / "no.tar", put(tmp_path / "a.zip", b"x"),
@@ -594,6 +635,7 @@ def test_a_source_without_pictures_is_a_value_error_that_names_it(tmp_path):
 
 
 def test_texts_are_read_from_txt_and_jsonl(tmp_path):
+    """Byte order marks and carriage returns that are learned, or a passage that comes twice, learned and held out."""
     assert data.read_texts(put(tmp_path / "a.txt", "\ufeffone\r\ntwo\n")) == ["one\ntwo"]
     rows = '{"text": "one\u2028more"}\n\n{"text": "two", "other": 1}'
     assert data.read_texts(put(tmp_path / "a.jsonl", rows)) == ["one\u2028more", "two"]
@@ -609,6 +651,7 @@ def test_texts_are_read_from_txt_and_jsonl(tmp_path):
 
 
 def test_a_source_is_split_for_training_and_validation(tmp_path):
+    """Own pictures that are both learned and held out, or texts of which none is held out."""
     for i in range(40):
         put(tmp_path / "pictures" / f"{i:02}.png", png())
     text = put(tmp_path / "x.jsonl", "".join(f'{{"text": "text {i}"}}\n' for i in range(40)))
@@ -619,6 +662,7 @@ def test_a_source_is_split_for_training_and_validation(tmp_path):
 
 @pytest.mark.parametrize("n", [0, 1, 2, 19, 20, 1000, 20_000])
 def test_what_is_held_out_is_the_same_every_time_and_disjoint(n):
+    """A resumed run that is scored on what it has learned, or a small source that leaves nothing to score."""
     train, val = data.hold_out(list(range(n)))
     assert (train, val) == data.hold_out(list(range(n))) and len(val) <= 400
     if n > 1:
@@ -628,6 +672,7 @@ def test_what_is_held_out_is_the_same_every_time_and_disjoint(n):
 
 
 def test_passages_lose_no_word_and_keep_to_their_length():
+    """Words that fall out where a text is cut, or a line without spaces that becomes one endless passage."""
     rng = random.Random(0)
     texts = ["", "\n" * 999, "x" * 1000, " " + "x" * 1000, "\t" * 700 + "word", " a" * 500,
              ("x" * 239 + " ") * 3, ("x" * 240 + "\n") * 3]
@@ -643,6 +688,7 @@ def test_passages_lose_no_word_and_keep_to_their_length():
 
 
 def test_an_unreadable_picture_is_reported_and_the_others_go_on(tmp_path):
+    """One broken picture that stops all others, or is left out without a word."""
     names = [put(tmp_path / "a.png", png()), put(tmp_path / "b.png", b"nothing")]
     pixels = data.Pixels([Picture(str(f), partial(data.load_image, f)) for f in names], 8)
     assert len(pixels) == 2 and pixels[0].shape == (3, 8, 8) and pixels[0].dtype == torch.uint8
@@ -662,6 +708,7 @@ def fields(pictures):
 
 
 def test_a_shard_gives_back_what_was_written(tmp_path):
+    """Captions or conversations lost between encoding and training, or a shard without pictures that cannot be kept."""
     for n in (3, 0):
         data.write_shard(tmp_path / "deep" / "x.pt", some_pictures(n), "print", {"bad.png": "why"})
         pictures, skipped = data.read_shard(tmp_path / "deep" / "x.pt", "print")
@@ -669,6 +716,7 @@ def test_a_shard_gives_back_what_was_written(tmp_path):
 
 
 def test_a_foreign_or_damaged_shard_is_made_again(tmp_path):
+    """Codes of another tokenizer that are trained on, or a traceback where half a file could be made again."""
     path = tmp_path / "x.pt"
     assert data.read_shard(path, "print") is None
     data.write_shard(path, some_pictures(), "print")
@@ -685,6 +733,7 @@ def test_a_foreign_or_damaged_shard_is_made_again(tmp_path):
 
 
 def test_a_failed_save_leaves_the_old_file_and_no_rest(tmp_path):
+    """A save that breaks off and takes the last good checkpoint along."""
     path = tmp_path / "x.pt"
     data.save_atomically({"a": 1}, path)
     with pytest.raises(Exception):
@@ -733,6 +782,7 @@ def take(loader, n):
 
 
 def test_packing_cuts_loses_and_repeats_nothing():
+    """Examples cut at the end of a row, lost as they found no room, or trained on twice."""
     loader, fresh = mixed(), mixed()
     batches = take(loader, 12)
     placed = Counter(str(document) for batch, _ in batches for document in documents(batch))
@@ -745,6 +795,7 @@ def test_packing_cuts_loses_and_repeats_nothing():
 
 @pytest.mark.parametrize("lengths", [[9] * 7, [4], range(4, 59), [59, 4, 59, 5, 59], [59] * 70, [4] * 200])
 def test_every_example_comes_once_an_epoch(lengths):
+    """Short examples that come again and again while long ones wait for ever."""
     texts = texts_of(lengths)
     loader = Loader({"text": texts}, {"text": 1}, VOCAB, Bytes(), rows=3, context=61)
     placed = Counter(bytes(ids[1:-1]).decode() for batch, _ in take(loader, 30) for _, ids, _ in documents(batch))
@@ -756,6 +807,7 @@ def test_every_example_comes_once_an_epoch(lengths):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_all_ranks_together_read_the_batch_of_one_process(world):
+    """Processes that learn the same rows, or others than one process alone would."""
     whole = take(mixed(), 4)
     ranks = [take(mixed(rank=rank, world=world), 4) for rank in range(world)]
     for step, (batch, state) in enumerate(whole):
@@ -764,6 +816,7 @@ def test_all_ranks_together_read_the_batch_of_one_process(world):
 
 
 def test_a_resumed_stream_goes_on_as_if_nothing_happened():
+    """A resumed run that reads examples twice or leaves some out; a seed that changes nothing."""
     whole = take(mixed(), 8)
     resumed = take(mixed(state=json.loads(json.dumps(whole[3][1]))), 4)
     for (a, state_a), (b, state_b) in zip(whole[4:], resumed):
@@ -792,6 +845,7 @@ def test_a_stream_resumes_with_fewer_examples():
 
 
 def test_an_example_depends_on_seed_epoch_and_index_alone():
+    """Captions that change with the number of processes or after a resumption; a second epoch just like the first."""
     a, b = mixed(), mixed(rows=2, context=300, rank=1, world=2)
     keys = [(task, epoch, index) for task in data.TASKS for epoch in (0, 1) for index in range(40)]
     before = {key: str(a.render(*key)) for key in keys}
@@ -802,6 +856,7 @@ def test_an_example_depends_on_seed_epoch_and_index_alone():
 
 
 def test_long_examples_are_left_out_whole_and_counted():
+    """Half a drawing in a row too short for it, or examples that go missing without being counted."""
     loader = Loader({"text": texts_of([10, 500, 20])}, {"text": 1}, VOCAB, Bytes(), rows=2, context=64)
     found = {len(ids) for batch, _ in take(loader, 5) for _, ids, _ in documents(batch)}
     assert found == {12, 22} and loader.dropped >= loader.drawn["text"] // 3
@@ -811,18 +866,21 @@ def test_long_examples_are_left_out_whole_and_counted():
 
 
 def test_nothing_that_fits_is_an_error_and_no_endless_loop():
+    """A --context too small for any example, and a run that searches for one for ever."""
     loader = Loader({"text": ["x" * 100] * 3}, {"text": 1}, VOCAB, Bytes(), rows=2, context=64)
     with pytest.raises(ValueError, match="context 64.* 102 tokens"):
         loader.batch()
 
 
 def test_a_mix_without_examples_is_an_error():
+    """A run that waits for examples which the data do not have, or an index error in its place."""
     for tasks, mix in (({"text": []}, {"text": 1}), ({"text": ["x"]}, {"text": 0}), ({}, {"t2i": 1})):
         with pytest.raises(ValueError, match="nothing to train on"):
             Loader(tasks, mix, VOCAB, Bytes(), 1, 64)
 
 
 def test_the_share_of_unconditional_drawings_is_what_was_asked():
+    """Guidance that was never trained, or words taken from more drawings than --uncond says."""
     def share(uncond):
         loader = mixed(uncond=uncond)
         return np.mean([VOCAB.uncond in loader.render("t2i", epoch, i)[0] for epoch in range(50) for i in range(40)])
@@ -830,6 +888,7 @@ def test_the_share_of_unconditional_drawings_is_what_was_asked():
 
 
 def test_noise_changes_the_codes_to_draw_and_nothing_else():
+    """Noise in pictures that are captioned or asked about, or targets that are not the codes that are read next."""
     def next_code(codes, generator):
         assert isinstance(generator, torch.Generator)
         return (codes + 1) % 16
@@ -879,6 +938,7 @@ def new_threads(before):
 
 
 def test_reading_ahead_changes_nothing_and_ends():
+    """Batches out of order, a last one that is lost, or a thread that stays behind."""
     before = threading.enumerate()
     assert list(data.ahead(iter(range(20)))) == list(range(20)) and list(data.ahead(iter([]))) == []
     for thread in new_threads(before):
@@ -892,6 +952,7 @@ def failing(n):
 
 
 def test_reading_ahead_hands_over_exceptions():
+    """A broken disk that looks like the end of the data, or batches lost that were read before it broke."""
     seen = []
     with pytest.raises(OSError, match="disk"):
         for item in data.ahead(failing(5)):
@@ -901,6 +962,7 @@ def test_reading_ahead_hands_over_exceptions():
 
 @pytest.mark.parametrize("source", [itertools.count, partial(failing, 2), partial(failing, 3)])
 def test_reading_ahead_stops_its_thread_when_nobody_reads(source):
+    """A thread that reads on after its reader has gone, and aborts the exit of the process."""
     before = threading.enumerate()
     stream = data.ahead(source(), depth=1)
     assert next(stream) == 0

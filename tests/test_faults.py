@@ -171,6 +171,7 @@ def test_a_second_ctrl_c_stops_at_once_and_loses_no_checkpoint(few, whole, tmp_p
 
 
 def test_asked_to_stop_while_encoding_no_shard_is_lost(few, whole, tmp_path, monkeypatch):
+    """Hours of encoding that begin anew, or half of the shards taken for all of them."""
     write = data.write_shard
 
     def asked(path, *rest):
@@ -292,6 +293,7 @@ def test_overwrite_deletes_the_run_and_nothing_else(few, copy):
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"zzz": 1}', b'{"ch_mult": [1], "rows": "4"}'])
 def test_a_damaged_configuration_is_named(copy, content):
+    """A traceback, or a run that goes on with other settings than it began with."""
     put(copy / "config.json", content)
     assert f"{copy / 'config.json'}: " in end("--out", copy, "--resume")
 
@@ -341,6 +343,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(few, tmp_path):
 
 
 def test_samples_that_cannot_be_written_end_the_run_and_lose_no_checkpoint(few, whole, tmp_path, monkeypatch):
+    """A traceback over a picture for samples/ that leaves one wondering what of the training is lost."""
     def spoil():
         shutil.rmtree(tmp_path / "samples")
         put(tmp_path / "samples", "no folder")
@@ -440,6 +443,7 @@ def test_a_step_that_is_not_finite_stops_the_run_or_is_left_out(few, tmp_path, m
 
 
 def test_a_step_left_out_leaves_no_trace_in_weights_and_optimizers():
+    """NaN that a skipped step leaves behind in the momentum or the gradient, and that the next one spreads."""
     p = torch.nn.Parameter(torch.ones(3, 3))
     optimizers = train.make_optimizers([p], [p], 0.1, 0.1)
     p.grad = torch.full((3, 3), math.nan)
@@ -479,6 +483,7 @@ def test_a_flag_out_of_range_is_named_before_anything_is_written(few, tmp_path, 
 
 @pytest.mark.parametrize("argv", [["--steps", "abc"], ["--preset", "huge"], ["--ch_mult", "1,x"], ["--stepps", "3"]])
 def test_a_flag_of_the_wrong_type_is_an_error(argv, capsys):
+    """A typing error that is passed over, and a run that is not the one that was asked for."""
     assert end(*argv) == "2" and argv[0] in capsys.readouterr().err
 
 
@@ -516,6 +521,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_data_are_one_sentence_that_names_the_place(tmp_path, name):
+    """A traceback, or training on what is left, where one of somebody's many files is wrong."""
     place, content, words = BAD[name]
     own_pictures(tmp_path / "own")
     if "a folder" in name and "own" in place:
@@ -623,6 +629,7 @@ def test_a_checkpoint_that_is_none_is_named_and_runs_no_code(few, copy, name, da
 
 
 def test_a_tokenizer_that_did_not_make_the_codes_is_refused(few, copy):
+    """Drawings that are noise, without an error, as the vqgan.pt beside a model is another one."""
     changed(copy / "vqgan.pt", model={k: v + 1 for k, v in weights(copy, "vqgan.pt").items()})
     assert "another VQGAN" in end("--out", copy, "--resume")
     with pytest.raises(SystemExit, match="not the VQGAN whose codes"):
@@ -639,6 +646,7 @@ def test_a_tokenizer_that_did_not_make_the_codes_is_refused(few, copy):
     (["t2i", "x", "--vqgan", "nowhere.pt"], "nowhere.pt"), (["t2i", "--prompts", "x.png"], "x.png: not a readable UTF-8"),
     (["t2i", "--prompts", "p.txt", "--save-dir", "p.txt"], "p.txt"), (["export", "p.txt"], "p.txt")])
 def test_sampling_errors_are_one_sentence(whole, tmp_path, monkeypatch, argv, words):
+    """A traceback for a typing error, or a file that a command which failed has left."""
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "p.txt", "a\nb\n")
     data.draw(data.random_scene(random.Random(0))).save("x.png")
@@ -649,6 +657,7 @@ def test_sampling_errors_are_one_sentence(whole, tmp_path, monkeypatch, argv, wo
 
 
 def test_a_damaged_layout_is_named(whole, tmp_path):
+    """An export with a broken layout that ends in a traceback and names no file."""
     pytest.importorskip("safetensors")
     sample.main(["export", str(tmp_path), "--run", str(whole), "--device", "cpu"])
     for content in ("{", "[]", '{"vocab": 3}'):
@@ -687,6 +696,7 @@ def test_no_source_runs_code_from_a_file_or_reaches_for_the_network(name):
 
 
 def test_an_evil_shard_is_made_again_and_runs_nothing(few, copy):
+    """A stranger's code that runs when a run is resumed, or a shard so odd that it stops it."""
     torch.save({"format": "nanoLiquid codes 2", "rows": Evil(copy / "evil")}, copy / "codes" / "val-00000.pt")
     train.main(["--out", str(copy), "--resume", "--eval_n", "0"])
     assert not (copy / "evil").exists()

@@ -135,6 +135,7 @@ def test_cache_equals_no_cache(name):
 
 
 def test_full_cache_is_an_error():
+    """Tokens beyond the last slot, as an error deep inside an index."""
     with pytest.raises(ValueError, match="4 slots"):
         tiny()(draw(1, 5), cache=Cache(tiny().config, 1, 4))
 
@@ -220,6 +221,7 @@ def test_train_only_rows(options):
     ({"query_pre_attn_scalar": -5}, "query_pre_attn_scalar is -5"), ({"attn_logit_softcapping": "30"}, "softcapping is '30'"),
     ({"rope_scaling": {"type": "yarn"}}, "'yarn' is not supported"), ({"rope_scaling": {"type": "linear"}}, "factor of rope")])
 def test_bad_configurations(options, message):
+    """A network that breaks deep inside a product of matrices, or computes something else than its family does."""
     with pytest.raises(ValueError, match=message):
         ModelConfig(**options)
 

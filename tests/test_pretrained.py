@@ -217,6 +217,7 @@ def test_bad_config(good, tmp_path, key, value):
 
 
 def test_missing_config_keys():
+    """A size that the folder does not give is guessed, or a layer that we do not have runs as another one."""
     for name in SIZES:
         with pytest.raises(ValueError, match=f"{name} is missing"):
             config_from_hf({"model_type": "llama", **{k: v for k, v in sizes.items() if k != name}})
@@ -227,6 +228,7 @@ def test_missing_config_keys():
 
 
 def test_bad_json(good, tmp_path):
+    """A download that broke off, or was never made, ends in a traceback."""
     copied(good, tmp_path)
     for text in ("", "{", "[" * 100_000):
         (tmp_path / "config.json").write_text(text)

@@ -101,12 +101,14 @@ def test_compiled_steps_draw_the_same(family):
 
 
 def test_guidance_of_one_is_unguided():
+    """Negatives that change a drawing at a scale that means none."""
     model = tiny()
     args = (model, PROMPTS, 5, (10, 50))
     assert torch.equal(sample.generate(*args, [[3]] * 4, guidance=1.0, temperature=0), sample.generate(*args, temperature=0))
 
 
 def test_only_allowed_rows_are_chosen_and_bad_ranges_are_errors():
+    """A word in the middle of a drawing, or rows to choose from that the model does not have."""
     out = sample.generate(tiny(), PROMPTS, 50, (20, 24), temperature=3.0, generator=torch.Generator().manual_seed(0))
     assert set(out.flatten().tolist()) == {20, 21, 22, 23}
     with pytest.raises(ValueError, match="not within"):
@@ -114,6 +116,7 @@ def test_only_allowed_rows_are_chosen_and_bad_ranges_are_errors():
 
 
 def test_a_row_repeats_its_stop_token_and_the_others_go_on():
+    """Words behind the end of a caption, or captions cut short as their neighbour has ended."""
     model = tiny()
     free = sample.generate(model, PROMPTS, 8, temperature=0)
     stop = int(free[0, 2])
@@ -130,6 +133,7 @@ def test_rows_of_one_prompt_differ_from_their_first_token_on():
 
 
 def test_same_seed_same_draw_in_any_batch():
+    """A drawing that cannot be made again, as it was one of a batch."""
     def draw(prompts, seeds):
         return sample.generate(tiny(), prompts, 6, generator=[torch.Generator().manual_seed(s) for s in seeds]).tolist()
     both = draw([[1, 2], [3, 4, 5]], [7, 8])
@@ -137,6 +141,7 @@ def test_same_seed_same_draw_in_any_batch():
 
 
 def test_top_k_and_top_p_keep_what_they_say_and_draw_in_proportion():
+    """Unlikely tokens that --top-k or --top-p should have kept out, or a draw that favors some of the rest."""
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(20_000, 4)
     def shares(**options):
         chosen = sample.choose(logits, torch.rand(20_000, generator=torch.Generator().manual_seed(0)), **options)
@@ -209,6 +214,7 @@ def test_no_text_runs_past_what_the_model_reads(run, monkeypatch):
 
 
 def test_losses_do_not_depend_on_what_they_are_batched_with(run):
+    """A score that changes with the texts it is padded beside, or that goes to another text."""
     examples = [data.render_text(run.vocab, run.tokenizer, text) for text in ("a", "a red circle and more", "red")]
     sums, counts = sample.losses(run.model, examples)
     for example, total, count in zip(examples, sums, counts):
@@ -217,6 +223,7 @@ def test_losses_do_not_depend_on_what_they_are_batched_with(run):
 
 
 def test_scores_see_what_is_wrong():
+    """A wrong background or missing shapes that count as drawn, or objects marked down for their background."""
     wanted = [data.grade(p.open()) for p in data.scenes(20, 0, "x")]
     images = [data.draw(s) for s in wanted]
     assert sample.score_drawings(images, wanted) == (1.0, 1.0)
@@ -398,6 +405,7 @@ def test_compare_finds_the_floor_of_a_power(tmp_path, capsys):
 
 
 def test_compare_sees_flags_that_an_older_run_lacks(tmp_path, capsys):
+    """Two settings taken for one, as the flag between them is younger than the first run."""
     old, new = finished(tmp_path / "old", 4, 0, 1.0, 0.5), finished(tmp_path / "new", 4, 0, 1.0, 0.7, code_noise=0.4)
     sample.main(["compare", old, new, "--show", "t2i_exact"])
     rows = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()]
@@ -405,6 +413,7 @@ def test_compare_sees_flags_that_an_older_run_lacks(tmp_path, capsys):
 
 
 def test_compare_draws_a_plot(tmp_path):
+    """--plot that ends in a traceback, or leaves no picture."""
     pytest.importorskip("matplotlib")
     runs = [finished(tmp_path / str(w), w, 0, 16 / w, w / 100) for w in (4, 16, 64)]
     sample.main(["compare", *runs, "--plot", str(tmp_path / "x.png")])
@@ -412,6 +421,7 @@ def test_compare_draws_a_plot(tmp_path):
 
 
 def test_compare_names_what_is_no_run(tmp_path):
+    """A traceback that does not say which of many runs is none."""
     run = finished(tmp_path / "run", 4, 0, 1.0, 0.5)
     (tmp_path / "saved.json").write_text('[{"act": 3}]')
     for path, name in ((tmp_path / "none", "config.json"), (tmp_path / "saved.json", "saved.json"), (tmp_path / "none.json", "none.json"),
@@ -448,5 +458,6 @@ def test_sweep_scores_and_draws_every_value(run, tmp_path, monkeypatch, capsys):
 
 
 def test_how_a_run_was_trained_says_how_it_is_drawn_from(run):
+    """Drawings full of the noise that --code_noise taught, or a pretrained run drawn without Liquid's guidance."""
     for config, usual in (({}, sample.Sampling()), ({"code_noise": 0.4}, sample.GREEDY), ({"init": "gemma"}, sample.LIQUID)):
         assert dataclasses.replace(run, config=config, sampling=None).sampling == usual

@@ -71,6 +71,7 @@ def test_flags_reach_training_and_noise_nothing_that_is_scored(few, tmp_path, mo
 
 
 def test_same_seed_same_weights_and_another_seed_others(few, tmp_path):
+    """A run that nobody can repeat, or --seed that changes nothing."""
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         train.train(train.Config(out=str(tmp_path / name), **{**TINY, "seed": seed, "eval_n": 0}))
     a, b, c = (weights(tmp_path / name) for name in "abc")
@@ -285,6 +286,7 @@ def test_accumulated_parts_add_up_to_the_whole_batch():
 
 
 def test_one_batch_can_be_learned_by_heart():
+    """A loss that does not fall: targets, masks or steps that do not belong together."""
     tokenizer = data.WordTokenizer([])
     vocab = tokenizer.vocab(32)
     torch.manual_seed(0)
@@ -305,6 +307,7 @@ def test_one_batch_can_be_learned_by_heart():
 
 
 def test_every_parameter_has_one_optimizer_and_muon_takes_matrices_only():
+    """A weight that is stepped twice, or that never moves."""
     model = Transformer(ModelConfig(codebook_dim=4, codebook_size=16))
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     optimizers = train.make_optimizers(matrices, model.parameters(), 0.02, 1e-3)
@@ -327,6 +330,7 @@ def test_orthogonalize_brings_singular_values_near_one_and_keeps_their_vectors(r
 
 
 def test_schedule_rises_stays_and_falls_to_zero():
+    """A first step at full speed, a rate that falls too early, or a run that never settles at its end."""
     rates = [train.schedule(step, 100, 0.1, 0.5) for step in range(101)]
     assert rates[0] == 0.1 and rates[9] == rates[50] == 1 and rates[100] == 0 and rates[50:] == sorted(rates[50:], reverse=True)
 
@@ -350,6 +354,7 @@ def tiny_flags():
 
 
 def test_a_run_is_not_overwritten_and_resume_refuses_other_flags(tmp_path, few):
+    """A good run lost to a repeated command, or resumed at a width that it does not have."""
     out = ["--out", str(tmp_path / "run")]
     train.main(out + tiny_flags())
     with pytest.raises(SystemExit, match="--overwrite"):
@@ -362,6 +367,7 @@ def test_a_run_is_not_overwritten_and_resume_refuses_other_flags(tmp_path, few):
 
 
 def test_own_pictures_train_and_bad_ones_are_named(tmp_path, capsys):
+    """One broken file among somebody's own pictures that ends the run, or is left out without a word."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for i, p in enumerate(data.scenes(8, 0, "own")):
@@ -419,6 +425,7 @@ def test_a_pretrained_model_is_extended_trained_exported_and_sampled(few, tmp_pa
 
 
 def test_a_hub_name_is_downloaded_and_a_failure_is_one_sentence(tmp_path, monkeypatch):
+    """A hub name taken for a folder, or a traceback out of the network."""
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hub, "snapshot_download", lambda name, allow_patterns: str(tmp_path / name))
     assert data.fetch("google/gemma-3-270m") == tmp_path / "google/gemma-3-270m"

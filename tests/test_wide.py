@@ -198,6 +198,7 @@ def test_memory_on_paper_is_the_measured_peak(checkpointing):
 
 
 def test_shards_and_checkpointing_save_what_they_are_for():
+    """Memory on paper that --shard or --checkpointing does not change, or that differs from count to count."""
     config = ModelConfig(vocab_size=1000, hidden_size=256, num_hidden_layers=8, head_dim=64)
     plain, shards, checkpointed = (memory.memory(config, 4, 256, **kw) for kw in
                                    (dict(world=8), dict(world=8, shard=True), dict(world=8, checkpointing=True)))
