@@ -231,7 +231,7 @@ def load(run, vqgan=None, device="auto", dtype=torch.float32) -> Run:
 
     Raises ValueError, naming the file, when something is missing or does not fit.
     """
-    folder, device, layout = Path(run), device_of(device), {}
+    folder, device = Path(run), device_of(device)
     file, vqgan_path = folder / "model.pt", vqgan or folder / "vqgan.pt"
     if file.exists():                                   # a run of train.py
         layout = read_model(file)
@@ -243,11 +243,11 @@ def load(run, vqgan=None, device="auto", dtype=torch.float32) -> Run:
     elif any(folder.glob("model*.safetensors")):        # an export, with a LAYOUT; or published by Liquid, without
         file, model = folder / LAYOUT, Transformer.from_pretrained(folder, dtype, device)
         with fitting(file):
-            layout = json.loads(data.read_utf8(file)) if file.exists() else {}
+            layout = json.loads(data.read_utf8(file)) if file.exists() else None
     else:
         raise ValueError(f"{file}: no such file; `python train.py --out {folder}` makes it")
     vqgan = VQGAN.load(vqgan_path, device)
-    if not layout:          # as published: the image rows are the last ones, pictures are squares of 512 pixels
+    if not file.exists():   # as published: the image rows are the last ones, pictures are squares of 512 pixels
         tokenizer, codes = data.PretrainedTokenizer.load(folder), vqgan.config.n_embed
         hf_config = json.loads(data.read_utf8(folder / "config.json"))
         vocab = tokenizer.vocab(codes, hf_config, hf_config["vocab_size"] - codes)

@@ -306,7 +306,7 @@ def test_one_batch_can_be_learned_by_heart():
     assert loss < 0.35      # what is left is the choice among pictures, texts and digits that no prefix tells
 
 
-def test_every_parameter_has_one_optimizer_and_muon_takes_matrices_only():
+def test_every_parameter_has_one_optimizer():
     """A weight that is stepped twice, or that never moves."""
     model = Transformer(ModelConfig(codebook_dim=4, codebook_size=16))
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
