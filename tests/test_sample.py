@@ -1,5 +1,6 @@
 """The decode loop, the choice of tokens, and the tasks, on tiny random models."""
 
+import argparse
 import dataclasses
 import inspect
 import json
@@ -363,6 +364,24 @@ def test_sampling_fits_pictures_as_training_did(run):
     for pad in (False, True):
         seen = run.vqgan.encode(data.to_pixels(data.fit(wide, 16, pad)))[0]
         assert torch.equal(sample.encode(dataclasses.replace(run, pad=pad), [wide])[0], seen)
+
+
+def test_two_pictures_do_not_share_a_caption_file(run, tmp_path):
+    """A caption that is overwritten by that of a picture of the same name and another suffix."""
+    for name in ("a.png", "b.png", "a.jpg"):
+        Image.new("RGB", (16, 16)).save(tmp_path / name)
+    args = argparse.Namespace(picture=str(tmp_path), save_dir=str(tmp_path / "captions"), n=3)
+    with pytest.raises(ValueError, match="2 pictures in it would share the caption .*a.txt"):
+        sample.caption_command(run, args, sample.GREEDY)
+
+
+def test_scoring_keeps_to_its_batch(run, monkeypatch):
+    """--batch that bounds drawings and leaves memory to what is encoded, captioned and asked."""
+    sizes, generate = [], sample.generate
+    monkeypatch.setattr(sample, "generate", lambda model, prompts, *a, **k: sizes.append(len(prompts)) or generate(model, prompts, *a, **k))
+    few = dataclasses.replace(run, sampling=dataclasses.replace(sample.GREEDY, batch=2))
+    sample.caption(few, [Image.new("RGB", (16, 16))] * 5, n=2)
+    assert sizes == [2, 2, 1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
