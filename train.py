@@ -199,7 +199,7 @@ def add_flags(parser):
         parser.add_argument(f"--{f.name}", **options)
 
 
-def readable(pictures, most):
+def first_images(pictures, most):
     """Images of the first pictures that have files; encode_pictures names and counts those that cannot be read."""
     for p in [p for p in pictures if p.open][:most]:
         try:
@@ -210,7 +210,7 @@ def readable(pictures, most):
 
 def typical_size(pictures, f, most=128):
     """The median shorter side of the first readable pictures, between 64 and most, rounded down to a multiple of f."""
-    sides = sorted(min(image.size) for image in readable(pictures, 50))
+    sides = sorted(min(image.size) for image in first_images(pictures, 50))
     side = sides[len(sides) // 2] if sides else 64
     return max(f, min(max(side, 64), most) // f * f)
 
@@ -664,7 +664,7 @@ def report_usage(cfg, counts, step, process, log):
 def save_reconstructions(cfg, vqgan, splits, process):
     """Eight held-out pictures above what remains of them."""
     if process.first:
-        images = [data.fit(image, cfg.image_size, cfg.pad) for image in readable(splits["val"].pictures, 8)]
+        images = [data.fit(image, cfg.image_size, cfg.pad) for image in first_images(splits["val"].pictures, 8)]
         if images:
             pixels = torch.cat([data.to_pixels(image) for image in images]).to(process.device)
             decoded = map(data.to_image, vqgan.decode(vqgan.encode(pixels)))
