@@ -9,8 +9,6 @@
     python sample.py text "A yield expression" --run runs/demo
     python sample.py eval --run runs/demo                                           # a table, and one JSON line last
     python sample.py export FOLDER --run runs/demo                                  # a Hugging Face folder
-    python sample.py compare runs/study-* --plot x.png                              # runs of train.py, side by side
-    python sample.py sweep runs/demo --option guidance --values 1,3,7               # drawings, value by value
 
 B rows   T positions   V rows of the table that may be chosen   k of them that top-k keeps   D hidden size
 n tokens to sample   h, w code grid   K codes
@@ -28,9 +26,7 @@ from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -364,6 +360,7 @@ def mean(values):
     values = [float(v) for v in values]
     return sum(values) / len(values) if values else None
 
+
 @torch.inference_mode()
 def losses(model, examples, batch=32):
     """examples, a list of (ids, targets) of any lengths -> summed nll of each, and the number of targets of each."""
@@ -494,168 +491,6 @@ def print_scores(scores):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Comparing runs
-
-class Trained(NamedTuple):
-    """What a run of train.py says about itself."""
-    config: dict
-    size: int                               # parameters of the blocks
-    curve: list[tuple[float, dict]]         # (FLOPs so far, held-out losses)
-    results: dict[str, float]               # the last losses, and the scores
-
-
-def read_runs(path) -> list[Trained]:
-    """A run folder, or a .json file of runs that an earlier comparison saved."""
-    if str(path).endswith(".json"):
-        text = data.read_utf8(path)
-        with fitting(path):
-            return [Trained(**run) for run in json.loads(text)]
-    folder = Path(path)
-    text, weights = data.read_utf8(folder / "config.json"), read_model(folder / "model.pt")["model"]
-    with fitting(folder / "config.json"):
-        config = json.loads(text)
-    size = sum(tensor.numel() for name, tensor in weights.items() if ".layers." in name)
-    with fitting(folder / "log.jsonl"):
-        lines = [line for _, line in data.read_jsonl(folder / "log.jsonl")]
-        curve = [(6 * size * line["step"] * config["rows"] * config["context"],     # 2 FLOPs forward, 4 backward
-                  {name: loss for name, loss in line.items() if name.startswith("val_")})
-                 for line in lines if line["act"] == 3 and any(name.startswith("val_") for name in line)]
-        if not curve:
-            raise ValueError("no held-out loss in it")
-        scores = next((line["scores"] for line in lines if "scores" in line), {})
-        return [Trained(config, size, curve, curve[-1][1] | {k: v for k, v in scores.items() if v is not None})]
-
-
-def grouped(runs) -> tuple[list[str], dict[tuple, list[Trained]]]:
-    """Runs that differ only in their seed belong together -> the flags that tell groups apart, the groups by them."""
-    ignored = "seed", "out", "shards", "resume", "overwrite", "device", "workers"
-    flags = [flag for flag in dict.fromkeys(flag for run in runs for flag in run.config) if flag not in ignored
-             and len({str(run.config.get(flag)) for run in runs}) > 1]
-    groups = defaultdict(list)
-    for run in runs:
-        groups[tuple(str(run.config.get(flag)) for flag in flags)].append(run)
-    return flags, dict(sorted(groups.items(), key=lambda group: (group[1][0].size, group[0])))
-
-
-def fit_line(x, y):
-    """Least squares -> slope, R squared."""
-    return np.polyfit(x, y, 1)[0], np.corrcoef(x, y)[0, 1] ** 2
-
-
-def fit_power(x, y, floor=0.0):
-    """y = floor + a x^b by least squares of the logarithms -> b, R squared of log y."""
-    x, y = np.asarray(x), np.asarray(y)
-    b, log_a = np.polyfit(np.log(x), np.log(y - floor), 1)
-    return b, np.corrcoef(np.log(floor + np.exp(log_a) * x ** b), np.log(y))[0, 1] ** 2
-
-
-def mean_and_spread(values) -> str:
-    """With the standard deviation over seeds."""
-    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{spread}" if values else "-"
-
-
-def print_table(header, rows):
-    for row in (header, ["---"] * len(header), *rows):
-        print(f"| {' | '.join(map(str, row))} |")
-
-
-def print_comparison(flags, groups, names):
-    """A table with one line for each group."""
-    print_table([*flags, "parameters", "seeds", *names],
-                [[*key, f"{runs[0].size:,}", len(runs),
-                  *(mean_and_spread([run.results[name] for run in runs if name in run.results]) for name in names)]
-                 for key, runs in groups.items()])
-
-
-def print_laws(groups, loss, score):
-    """How the loss follows from compute, if the sizes differ, and the score from the loss; each run is a point."""
-    runs = [run for group in groups.values() for run in group if loss in run.results]
-    if len({run.size for run in runs}) > 3:
-        ends = list(zip(*((run.curve[-1][0], run.results[loss]) for run in runs)))      # FLOPs, losses
-        power, r2 = fit_power(*ends)
-        print(f"{loss} ~ FLOPs^{power:.3f} at the end of training (R squared {r2:.3f}, {len(runs)} runs)")
-        floor = max(np.linspace(0, min(ends[1]), 200, endpoint=False), key=lambda floor: fit_power(*ends, floor)[1])
-        power, r2 = fit_power(*ends, floor)
-        print(f"{loss} ~ {floor:.3f} + a FLOPs^{power:.3f} with the floor that fits best (R squared {r2:.3f})")
-    scored = [(run.results[loss], run.results[score]) for run in runs if score in run.results]
-    if len(scored) > 2:
-        slope, r2 = fit_line(*zip(*scored))
-        print(f"{score} ~ {slope:.3f} {loss} (R squared {r2:.3f}, {len(scored)} runs)")
-
-
-def plot_comparison(flags, groups, loss, score, path):
-    """Left: held-out loss along training. Right: the score that each run ended with."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError('--plot needs matplotlib, which is not installed: pip install -e ".[plot]"') from None
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for number, (key, runs) in enumerate(groups.items()):
-        look = dict(color=f"C{number % 10}", marker=".")
-        label = ", ".join(f"{flag} {value}" for flag, value in zip(flags, key))
-        for run in runs:
-            points = ((flops, losses[loss]) for flops, losses in run.curve if loss in losses)
-            left.plot(*zip(*points), **look, alpha=0.7)
-        ends = [(run.results[loss], run.results[score]) for run in runs if loss in run.results and score in run.results]
-        right.plot(*(zip(*ends) if ends else ([], [])), **look, linestyle="", label=label)
-    left.set(xscale="log", yscale="log", ylabel=loss, xlabel="FLOPs of training (6 x parameters of blocks x tokens)")
-    right.set(xlabel=loss, ylabel=score)
-    right.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
-
-
-def compare(paths, loss="val_t2i", score="t2i_exact", show=None, plot=None, save=None):
-    """Print, draw and keep what separates runs of train.py."""
-    runs = [run for path in paths for run in read_runs(path)]
-    flags, groups = grouped(runs)
-    names = show.split(",") if show else dict.fromkeys(name for run in runs for name in run.results)
-    print_comparison(flags, groups, names)
-    print_laws(groups, loss, score)
-    if plot:
-        plot_comparison(flags, groups, loss, score, plot)
-    if save:
-        kept = [run._asdict() | {"config": {flag: run.config.get(flag) for flag in (*flags, "seed")}} for run in runs]
-        data.write_atomically(save, lambda file: file.write(json.dumps(kept).encode()))
-
-
-def sweep(paths, option, values, n=200, plot=None, save=None):
-    """Score how runs draw n held-out scenes, and n with unseen combinations, under each value of a field of Sampling.
-
-    plot: a row of drawings for each value.
-    """
-    runs, values, kind = [load(path) for path in paths], values.split(","), type(getattr(Sampling(), option))
-    if any(run.config.get("data", "") is not None for run in runs):     # None: scenes; published weights have no "data"
-        raise ValueError(f"sweep {' '.join(paths)}: only runs of train.py on built-in scenes can be scored")
-    base = runs[0].sampling
-    if option in ("top_k", "top_p") and base.temperature == 0:
-        base = replace(base, temperature=1.0)       # greedily, these two would change nothing
-    try:
-        choices = [replace(base, **{option: kind(value)}) for value in values]
-    except ValueError as error:
-        raise ValueError(f"--values {','.join(values)}: {error}") from None
-    if len({run.config["withheld"] for run in runs}) > 1:
-        raise ValueError(f"sweep {' '.join(paths)}: runs with different --withheld have seen different scenes")
-    splits = data.built_in(0, runs[0].side, runs[0].config["withheld"], train=1, val=n, unseen=n)
-    scenes = {"t2i_exact": splits["val"].pictures, "t2i_unseen_combinations": splits["unseen"].pictures}
-    wanted = {name: ([p.captions[0] for p in pictures], [data.grade(p.open()) for p in pictures])
-              for name, pictures in scenes.items() if pictures}
-    rows, sheet = [], []
-    for value, choice in zip(values, tqdm(choices, desc=option)):
-        rows.append({option: value})
-        for name, (prompts, truth) in wanted.items():
-            rows[-1][name] = [score_drawings(text_to_image(run, prompts, choice), truth)[0] for run in runs]
-        if plot:
-            sheet += text_to_image(runs[0], [max(wanted["t2i_exact"][0], key=len)] * 8, choice)
-    print_table(rows[0], [[row[option], *(mean_and_spread(row[name]) for name in wanted)] for row in rows])
-    if plot:
-        data.grid(sheet, 8).save(plot)
-    if save:
-        data.write_atomically(save, lambda file: file.write(json.dumps(rows).encode()))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
 def missing(paths):
@@ -725,32 +560,14 @@ def parser():
         if name == "t2i":
             p.add_argument("--out", default="out.png")
             p.add_argument("--prompts", metavar="FILE", help="one prompt a line")
-    p = commands.add_parser("compare")
-    p.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or what --save wrote")
-    p.add_argument("--loss", default="val_t2i", help="of log.jsonl")
-    p.add_argument("--score", default="t2i_exact", help="of eval")
-    p.add_argument("--show", metavar="NAME,NAME", help="columns of the table; usually all losses and scores")
-    p.add_argument("--plot", metavar="PNG")
-    p.add_argument("--save", metavar="JSON", help="the numbers, without the runs")
-    p = commands.add_parser("sweep")
-    p.add_argument("runs", nargs="+", metavar="RUN", help="trained on built-in scenes")
-    p.add_argument("--option", choices=["guidance", "temperature", "top_k", "top_p"], default="guidance")
-    p.add_argument("--values", required=True, metavar="X,Y", help="numbers between commas")
-    p.add_argument("--n", type=int, default=200, help="held-out scenes")
-    p.add_argument("--plot", metavar="PNG", help="eight drawings of the longest prompt for each value, row by row")
-    p.add_argument("--save", metavar="JSON")
     return top
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
     try:
-        if args.command == "compare":
-            return compare(args.runs, args.loss, args.score, args.show, args.plot, args.save)
         if getattr(args, "n", 1) < 1:
             raise ValueError(f"--n {args.n}: expected a number from 1")
-        if args.command == "sweep":
-            return sweep(args.runs, args.option, args.values, args.n, args.plot, args.save)
         run = load(args.run, args.vqgan, args.device, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype])
         given = {k: v for k in vars(run.sampling) if (v := getattr(args, k, None)) is not None}
         run = replace(run, sampling=replace(run.sampling, **given), compile=args.compile)

@@ -441,6 +441,18 @@ def test_an_unreadable_picture_is_a_value_error_that_names_it(tmp_path, raw):
         data.load_image(file)
 
 
+def test_an_eps_is_not_handed_to_ghostscript(monkeypatch):
+    """A program in PostScript that runs because a file of the user's data holds it, whatever the file is called."""
+    from PIL import EpsImagePlugin
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: started.append(1) or Image.new("RGB", (8, 8)).im)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    assert Image.open(io.BytesIO(eps)).format == "EPS"
+    with pytest.raises(ValueError, match="not a readable picture"):
+        data.load_image(io.BytesIO(eps), "x.png")
+    assert not started
+
+
 def test_a_missing_picture_or_a_folder_is_a_value_error_that_names_it(tmp_path):
     """A missing file, or a folder in place of one, that ends in a traceback."""
     for file in (tmp_path / "nowhere.png", tmp_path):

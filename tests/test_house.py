@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import sample
+import study
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -62,12 +63,13 @@ def test_every_training_command_of_the_readme_parses(tmp_path, monkeypatch):
         train.configure(argv)
 
 
-def test_every_sampling_command_of_the_readme_parses():
+@pytest.mark.parametrize("program, parser", [("sample", sample.parser()), ("tests/study", study.parser())])
+def test_every_other_command_of_the_readme_parses(program, parser):
     """A command that was renamed, or an argument that it does not take."""
-    calls = commands(r"(?:python|torchrun.*) sample\.py")
-    assert len(calls) >= 12
+    calls = commands(rf"(?:python|torchrun.*) {program}\.py")
+    assert len(calls) >= 8
     for argv in calls:
-        sample.parser().parse_args(argv)
+        parser.parse_args(argv)
 
 
 def test_the_readme_counts_the_lines_of_the_five_files():

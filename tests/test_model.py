@@ -198,6 +198,8 @@ def test_train_only_rows(options):
     first = model.config.vocab_size - 15
     spare = [] if "codebook_dim" in options else [3]            # a reserved id that got a meaning
     model.train_only_rows([*range(first, first + 15), *spare])
+    with pytest.raises(ValueError, match="the vocabulary"):         # which rows learn would no longer be known
+        model.extend_vocab(1)
     heads = [] if model.config.tie_word_embeddings else [model.lm_head.weight]
     before = {k: v.clone() for k, v in model.state_dict().items()}
     tables = [t.detach().clone() for t in (model.model.table(), *heads)]

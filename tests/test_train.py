@@ -231,6 +231,14 @@ def test_flags_of_the_loss_and_the_optimizers_reach_the_step(tmp_path):
             assert half[name].norm() < w.norm() or w.ndim < 2 or "codebook" in name, name
 
 
+def test_rows_from_a_codebook_are_refused_for_a_model_that_has_rows():
+    """`--init` that takes `--image_rows codebook` and passes over it."""
+    splits = shortened(data.built_in(0, train=40, val=4, unseen=2))
+    cfg = train.resolve(train.configure(["--init", "folder", "--image_rows", "codebook"]), splits)
+    with pytest.raises(ValueError, match="--image_rows codebook: the model of --init"):
+        train.check(cfg, splits, 1)
+
+
 class Built(Exception):
     """Carries the configuration of what was to be built."""
 
@@ -362,7 +370,7 @@ def test_a_run_is_not_overwritten_and_resume_refuses_other_flags(tmp_path, few):
     with pytest.raises(SystemExit, match="--hidden_size"):
         train.main(out + ["--resume", "--hidden_size", "64"])
     before = weights(tmp_path / "run")
-    train.main(out + ["--resume", "--eval_n", "0"])       # all acts are done: nothing changes
+    train.main(out + ["--resume", "--eval_n", "0", "--accumulate", "2"])    # all acts are done: nothing changes
     assert all(torch.equal(v, before[k]) for k, v in weights(tmp_path / "run").items())
 
 
