@@ -126,6 +126,9 @@ def plot_comparison(flags, groups, loss, score, path):
         ends = [(run.results[loss], run.results[score]) for run in runs if loss in run.results and score in run.results]
         right.plot(*(zip(*ends) if ends else ([], [])), **look, linestyle="", label=label)
     left.set(xscale="log", yscale="log", ylabel=loss, xlabel="FLOPs of training (6 x parameters of blocks x tokens)")
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter("{x:g}")
+    left.xaxis.set_minor_formatter("")          # labels of both would overlap
     right.set(xlabel=loss, ylabel=score)
     right.legend(fontsize="small")
     figure.savefig(path, dpi=110)
