@@ -78,6 +78,18 @@ def test_the_readme_counts_the_lines_of_the_five_files():
     assert said == {p.stem: pytest.approx(len(p.read_text().splitlines()), rel=0.05) for p in ROOT.glob("*.py")}
 
 
+def test_the_tables_of_the_studies_follow_from_their_numbers(capsys, monkeypatch):
+    """A figure that was mistyped, or that is left over from an earlier run."""
+    monkeypatch.setattr(study, "print_laws", lambda *_: None)       # the fits, which take seconds
+    files = [p for p in (ROOT / "assets").glob("*.json") if '"config"' in p.read_text()]     # others are of sweep
+    tables = re.findall(r"^(\| .*\bseeds \| (.*) \|\n\| ---.*\n)((?:\|.*\n)+)", README, re.MULTILINE)
+    assert len(tables) >= 7
+    for head, names, rows in tables:
+        for file in files:
+            study.compare([file], show=names.replace(" | ", ","))
+        assert head + rows in capsys.readouterr().out
+
+
 def test_every_link_of_the_readme_leads_somewhere():
     """A picture that was renamed, or a heading that was reworded."""
     headings = re.findall(r"^#+ (.*)", README, re.MULTILINE)
