@@ -155,14 +155,14 @@ def sweep(paths, option, values, n=200, plot=None, save=None):
     """
     if n < 1:
         raise ValueError(f"--n {n}: expected a number from 1")
-    runs, values, usual = [sample.load(path) for path in paths], values.split(","), sample.Sampling()
+    runs, values = [sample.load(path) for path in paths], values.split(",")
     if any(run.config.get("data", "") is not None for run in runs):     # None: scenes; published weights have no "data"
         raise ValueError(f"sweep {' '.join(paths)}: only runs of train.py on built-in scenes can be scored")
     base = runs[0].sampling
     if option in ("top_k", "top_p") and base.temperature == 0:
         base = replace(base, temperature=1.0)       # greedily, these two would change nothing
     try:
-        choices = [replace(base, **{option: type(getattr(usual, option))(value)}) for value in values]
+        choices = [replace(base, **{option: type(getattr(base, option))(value)}) for value in values]
     except ValueError as error:
         raise ValueError(f"--values {','.join(values)}: {error}") from None
     if len({run.config["withheld"] for run in runs}) > 1:

@@ -5,7 +5,6 @@ import dataclasses
 import inspect
 import json
 import math
-import re
 
 import numpy as np
 import pytest
