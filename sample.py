@@ -1,17 +1,15 @@
 """From a checkpoint to pictures, captions, answers and text.
 
-    python sample.py t2i "a small red star at the top left on a navy background" --run runs/demo --out star.png
-    python sample.py t2i --prompts prompts.txt --save-dir drawn --run runs/demo     # one picture a line
-    python sample.py i2t picture.png --run runs/demo
-    python sample.py i2t FOLDER --save-dir captions --run runs/demo                 # one .txt a picture
-    torchrun --nproc_per_node 4 sample.py t2i --prompts ...                         # shared out; goes on if stopped
-    python sample.py vqa picture.png "how many shapes are there?" --run runs/demo
-    python sample.py text "A yield expression" --run runs/demo
-    python sample.py eval --run runs/demo                                           # a table, and one JSON line last
-    python sample.py export FOLDER --run runs/demo                                  # a Hugging Face folder
+    python sample.py t2i "a small red star at the top left on a navy background" --out star.png
+    python sample.py t2i --prompts prompts.txt --save-dir drawn             # one picture a line
+    torchrun --nproc_per_node 4 sample.py t2i --prompts ...                 # skips pictures that exist
+    python sample.py i2t picture.png more.png                               # one caption a line
+    python sample.py vqa picture.png "how many shapes are there?"
+    python sample.py text "A yield expression"
+    python sample.py eval --run runs/demo                                   # a table, and one JSON line last
+    python sample.py export FOLDER --run runs/demo                          # a Hugging Face folder
 
-B rows   T positions   V rows of the table that may be chosen   k of them that top-k keeps   D hidden size
-n tokens to sample   h, w code grid   K codes
+B rows   T positions   V rows of the table to choose from   k of them kept   D hidden size   h, w code grid
 """
 
 import argparse
@@ -22,8 +20,7 @@ import math
 import os
 import shutil
 import sys
-from collections import Counter, defaultdict
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -35,115 +32,105 @@ import data
 from model import Cache, ModelConfig, Transformer
 from vqgan import VQGAN, read_checkpoint
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Choosing tokens
 
 def guide(logits, scale):
-    """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598): logits (2B, V) of prompts, then of their
-    negatives -> (B, V). A scale of 1 is what the prompts say alone; more leads further away from the negatives."""
+    """Classifier-free guidance (arXiv 2207.12598): logits (2B, V) of prompts, then negatives -> (B, V)."""
     conditional, unconditional = logits.chunk(2)
     return unconditional + scale * (conditional - unconditional)
 
 
-def choose(logits, points, temperature=1.0, top_k=0, top_p=1.0):
-    """logits (B, V), points (B,) uniform in [0, 1) -> choices (B,); temperature 0 is greedy.
+def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
+    """logits (B, V), uniform numbers (B,) in [0, 1) -> choices (B,); temperature 0 is greedy.
 
-    Of the top_k likeliest, only the fewest that together reach top_p can be chosen. A point falls into a choice's
-    stretch of the cumulative sum as often as that choice is likely: no sync, as multinomial has on GPUs.
+    Inverse-CDF sampling: take the first token whose cumulative probability exceeds the uniform number.
+    Unlike torch.multinomial it does not wait for the GPU.
     """
     if temperature == 0:
         return logits.argmax(-1)
     logits, V = logits.float() / temperature, logits.shape[-1]
-    order = None                                                    # rows as they are, unless some are left out
+    order = torch.arange(V, device=logits.device).expand_as(logits)
     if 0 < top_k < V or top_p < 1:
         logits, order = logits.topk(min(top_k or V, V))             # (B, k), the likeliest first
     reached = logits.softmax(-1).cumsum(-1)                         # (B, V or k)
-    last = (reached[:, :-1] < top_p).sum(-1, keepdim=True)          # (B, 1), the choice that reaches top_p
-    chosen = torch.searchsorted(reached, points[:, None] * reached.gather(-1, last), right=True)     # (B, 1)
-    return (chosen if order is None else order.gather(-1, chosen))[:, 0]
+    last = (reached[:, :-1] < top_p).sum(-1, keepdim=True)          # (B, 1), which reaches top_p
+    chosen = torch.searchsorted(reached, uniform[:, None] * reached.gather(-1, last), right=True)   # (B, 1)
+    return order.gather(-1, chosen)[:, 0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # The one decode loop
 
-def prefill(model, table, prompts, room, constant=False):
-    """Read prompts (lists of ids of any lengths), equal ones once -> cache with room for more, x (B, D) of last ids.
-
-    constant: give the cache a reach in steps of 64 slots: prompts of nearly equal lengths then decode in equal shapes.
-    """
-    unique = list(dict.fromkeys(map(tuple, prompts)))
-    longest = max(map(len, unique))
-    ids = torch.tensor([(0,) * (longest - len(p)) + p for p in unique], device=model.device)    # padded on the left
-    padding = torch.tensor([longest - len(p) for p in unique], device=model.device)
-    cache = Cache(model.config, len(unique), longest, model.device, model.dtype, padding)
-    x = model.model(ids, table, cache=cache)[:, -1]                 # (unique, D)
-    rows = torch.tensor([unique.index(tuple(p)) for p in prompts], device=model.device)
-    slots = longest + room
-    if constant:
-        slots = math.ceil(slots / 64) * 64
-    return cache.select(rows, slots, reach=slots if constant else None), x[rows]
+def prefill(model, prompts, room, compile=False):
+    """Read prompts (lists of ids) -> cache with room for more, x (B, D) of their last ids."""
+    longest = max(map(len, prompts))
+    padding = torch.tensor([longest - len(p) for p in prompts], device=model.device)
+    ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=model.device)    # (B, T)
+    # Prompts of nearly equal lengths share a program; CUDA graphs need the cache to keep its address.
+    slots = math.ceil((longest + room) / 64) * 64 if compile else longest + room
+    cache = Cache(model.config, len(prompts), slots, padding, model.device, model.dtype)
+    for tensor in (*cache.k, *cache.v, cache.next) if compile else ():
+        torch._dynamo.mark_static_address(tensor, guard=False)
+    return cache, model.model(ids, cache=cache)[:, -1]
 
 
-def decode_one(model, table, ids, cache):
-    """The ids chosen last (B,) -> x (B, D), from which the next logits follow."""
-    return model.model(ids[:, None], table, cache=cache)[:, -1]
+def decode_one(model, ids, cache):
+    """The ids chosen last (B,) -> x (B, D)."""
+    return model.model(ids[:, None], cache=cache)[:, -1]
 
 
 @functools.cache
 def compiled(device_type):
-    """decode_one as one program for each shape; on GPUs a CUDA graph, which Python does not slow."""
-    return torch.compile(decode_one, dynamic=False, mode="reduce-overhead" if device_type == "cuda" else None)
+    mode = "reduce-overhead" if device_type == "cuda" else None     # a CUDA graph for each shape
+    return torch.compile(decode_one, dynamic=False, mode=mode)
 
 
 @torch.inference_mode()
-def generate(model, prompts, n, allowed=None, negatives=None, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0,
-             stop=None, generator=None, compile=False):
-    """Continue each prompt by n tokens -> ids (B, n); after a token of `stop`, a row repeats it.
+def generate(model, prompts, n, allowed=None, negatives=None, guidance=1.0, temperature=1.0, top_k=0,
+             top_p=1.0, stop=None, generator=None, compile=False):
+    """Continue prompts (lists of ids) by n tokens -> ids (B, n); after a token of `stop`, a row repeats it.
 
-    prompts    lists of ids, of any lengths
     allowed    (first, past_last) rows of the table to choose from; None: all
-    negatives  prompts that guidance leads away from, one for each prompt
-    stop       ids that end a row
-    generator  a torch.Generator on the model's device, or a list of one for each prompt
-    compile    the decode step, which pays from many steps on
+    negatives  what guidance leads away from, one for each prompt
+    generator  a torch.Generator on the model's device, or one for each prompt
     """
-    first, past_last = allowed or (0, model.config.vocab_size)
-    if not 0 <= first < past_last <= model.config.vocab_size:
-        raise ValueError(f"rows {first}..{past_last - 1} are not within the model's {model.config.vocab_size}")
-    if negatives is not None and len(negatives) != len(prompts):
-        raise ValueError(f"{len(negatives)} negatives for {len(prompts)} prompts")
+    table = model.config.vocab_size + model.config.image_rows
+    first, past_last = allowed or (0, table)
+    if not 0 <= first < past_last <= table:
+        raise ValueError(f"rows {first}..{past_last - 1} are not within the model's {table}")
     guided = negatives is not None and guidance != 1
-    table = model.model.table()
-    cache, x = prefill(model, table, [*prompts, *negatives] if guided else prompts, n - 1, compile)
     step = compiled(model.device.type) if compile else decode_one
-    # With a generator of its own, a row's random numbers, and so its choices, do not depend on its batch
+    # With a generator of its own, a row's choices do not depend on its batch.
     generators = generator if isinstance(generator, list) else [generator]
     each = len(prompts) // len(generators)
-    points = torch.cat([torch.rand(each, n, generator=g, device=model.device) for g in generators])     # (B, n)
+    uniform = torch.cat([torch.rand(each, n, generator=g, device=model.device) for g in generators])  # (B, n)
     stops = torch.tensor(sorted(stop or ()), device=model.device, dtype=torch.long)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
     out = torch.zeros(len(prompts), n, dtype=torch.long, device=model.device)
-    for i in range(n):
-        logits = model.logits(x, table, (first, past_last))         # (B, or 2B when guided, V)
-        logits = guide(logits, guidance) if guided else logits      # (B, V)
-        ids = first + choose(logits, points[:, i], temperature, top_k, top_p)
-        ids = out[:, i] = torch.where(ended, out[:, i - 1], ids)    # nothing has ended at i = 0
-        if stop:
-            ended = torch.isin(ids, stops)
-            if ended.all():
-                out[:, i:] = ids[:, None]
-                break
-        if i + 1 < n:
-            x = step(model, table, torch.cat([ids, ids]) if guided else ids, cache)
+    with model.constant_rows():
+        cache, x = prefill(model, [*prompts, *negatives] if guided else prompts, n - 1, compile)
+        for i in range(n):
+            logits = model.logits(x, (first, past_last))            # (B, V), or (2B, V) when guided
+            logits = guide(logits, guidance) if guided else logits  # (B, V)
+            ids = first + choose(logits, uniform[:, i], temperature, top_k, top_p)
+            ids = out[:, i] = torch.where(ended, out[:, i - 1], ids)    # nothing has ended at i = 0
+            if stop:
+                ended = torch.isin(ids, stops)
+                if ended.all():
+                    out[:, i:] = ids[:, None]
+                    break
+            if i + 1 < n:
+                x = step(model, torch.cat([ids, ids]) if guided else ids, cache)
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # A trained run
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; text is greedy unless it is asked otherwise."""
+    """How tokens are chosen."""
     guidance: float = 1.5       # 1: none
     temperature: float = 1.0    # 0: always the likeliest
     top_k: int = 0              # 0: all
@@ -152,16 +139,15 @@ class Sampling:
     batch: int = 64             # prompts, or pictures, at a time
 
     def __post_init__(self):
-        t = self.temperature
-        for name, good in dict(guidance=math.isfinite(self.guidance), temperature=t == 0 or 1e-6 <= t < math.inf,
-                               top_k=self.top_k >= 0, top_p=0 < self.top_p <= 1, seed=0 <= self.seed < 2 ** 31,
-                               batch=self.batch > 0).items():
-            if not good:
-                raise ValueError(f"--{name} {getattr(self, name)}: out of range")
+        ranges = dict(guidance=(-1e6, 1e6), temperature=(0, 1e6), top_k=(0, math.inf), top_p=(1e-9, 1),
+                      seed=(0, 2 ** 31 - 1), batch=(1, math.inf))
+        for name, (least, most) in ranges.items():
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"--{name} {getattr(self, name)}: expected a number from {least} to {most}")
 
 
-LIQUID = Sampling(guidance=7.0, temperature=0.99, top_k=4096, top_p=0.96)     # the official inference_t2i.py
-GREEDY = Sampling(temperature=0.0)      # after train.py --code_noise: chance would draw the noise, too
+LIQUID = Sampling(guidance=7.0, temperature=0.99, top_k=4096, top_p=0.96)   # the official inference_t2i.py
+GREEDY = Sampling(temperature=0.0)      # after train.py --code_noise, whose noise sampling would draw
 
 
 @dataclass
@@ -171,20 +157,15 @@ class Run:
     vqgan: VQGAN
     vocab: data.Vocab
     tokenizer: object
-    grid: tuple[int, int]           # codes of a picture: rows, columns
-    pad: bool                       # the aspect policy: pad to a square, or crop
-    config: dict                    # what train.py was called with
-    sampling: Sampling | None = None    # how pictures are drawn unless asked otherwise
-    compile: bool = False           # the decode step
+    grid: tuple[int, int]           # h, w
+    config: dict                    # train.py's flags
+    sampling: Sampling | None = None    # None: as suits its training
+    compile: bool = False
 
     def __post_init__(self):
         if self.sampling is None:
-            trained = self.config
-            self.sampling = LIQUID if trained.get("init") else GREEDY if trained.get("code_noise") else Sampling()
-
-    @property
-    def device(self):
-        return self.model.device
+            usual = GREEDY if self.config.get("code_noise") else Sampling()
+            self.sampling = LIQUID if self.config.get("init") else usual
 
     @property
     def side(self):
@@ -192,153 +173,147 @@ class Run:
         return self.grid[0] * self.vqgan.config.f
 
 
-def device_of(name="auto"):
+def choose_device(name="auto"):
     """cuda, else mps, else cpu."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     try:
-        return torch.empty(0, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name).device
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: not on this machine ({str(error).splitlines()[0]})") from None
 
 
-@contextmanager
-def fitting(path):
-    """One ValueError, naming the file, for contents that do not fit together."""
-    try:
-        yield
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: does not fit: {' '.join(str(error).split())[:300]}") from None
-
-
-LAYOUT = "nanoliquid.json"      # beside exported weights; says what model.pt says besides weights, under the same names
+FORMAT = "nanoLiquid model 2"
+LAYOUT = "nanoliquid.json"      # in an export: all of model.pt but the weights
+naming_file = functools.partial(data.naming, problem="does not fit")
 
 
 def read_model(path) -> dict:
-    """A model.pt; what nobody asks for, such as the optimizer's state, stays on the disk."""
-    checkpoint = read_checkpoint(path, mmap=True)
-    if checkpoint.get("format") != "nanoLiquid model 1" or "model" not in checkpoint:
-        raise ValueError(f"{path}: not a model of this project")
+    """The dict in a model.pt."""
+    checkpoint = read_checkpoint(path, mmap=True)       # the optimizer's state stays on the disk
+    if checkpoint.get("format") != FORMAT or "model" not in checkpoint:
+        raise ValueError(f"{path}: not a model of this version of the project; train it again")
     return checkpoint
 
 
 def load(run, vqgan=None, device="auto", dtype=torch.float32) -> Run:
-    """Read a run folder, or a Hugging Face folder that `export` wrote or that Liquid published (with its VQGAN).
-
-    Raises ValueError, naming the file, when something is missing or does not fit.
-    """
-    folder, device = Path(run), device_of(device)
+    """Open a run folder, an export, or Liquid's own folder; ValueError if something is missing."""
+    folder, device = Path(run), choose_device(device)
     file, vqgan_path = folder / "model.pt", vqgan or folder / "vqgan.pt"
-    if file.exists():                                   # a run of train.py
-        layout = read_model(file)
-        with fitting(file):
-            with torch.device("meta"):                  # shapes alone: no random weights, which take a 7B minutes
+    if exported := not file.exists():
+        if not any(folder.glob("model*.safetensors")):
+            raise ValueError(f"{file}: no such file; `python train.py --out {folder}` makes it")
+        file = folder / LAYOUT
+    vqgan = VQGAN.load(vqgan_path, device)
+    if not file.exists():
+        return load_liquid(folder, vqgan, device, dtype)
+    with naming_file(file):
+        layout = json.loads(data.read_utf8(file)) if exported else read_model(file)
+        vocab, tokenizer = data.Vocab(**layout["vocab"]), data.load_tokenizer(layout["tokenizer"])
+        if exported:
+            model = Transformer.from_pretrained(folder, dtype, device, vocab.size - vocab.image_start)
+        else:
+            with torch.device("meta"):          # random weights of a 7B would take minutes
                 model = Transformer(ModelConfig(**layout["model_config"]))
             model = model.to(dtype).to_empty(device=device)
             model.load_state_dict(layout["model"])
-    elif any(folder.glob("model*.safetensors")):        # an export, with a LAYOUT; or published by Liquid, without
-        file, model = folder / LAYOUT, Transformer.from_pretrained(folder, dtype, device)
-        with fitting(file):
-            layout = json.loads(data.read_utf8(file)) if file.exists() else None
-    else:
-        raise ValueError(f"{file}: no such file; `python train.py --out {folder}` makes it")
-    vqgan = VQGAN.load(vqgan_path, device)
-    if not file.exists():   # as published: the image rows are the last ones, pictures are squares of 512 pixels
-        tokenizer, codes = data.PretrainedTokenizer.load(folder), vqgan.config.n_embed
-        hf_config = json.loads(data.read_utf8(folder / "config.json"))
-        vocab = tokenizer.vocab(codes, hf_config, hf_config["vocab_size"] - codes)
-        side = 512 // vqgan.config.f
-        return Run(model.eval(), vqgan, vocab, tokenizer, (side, side), True, {"init": str(folder), "pad": True})
-    with fitting(file):
-        fingerprint, config = layout["fingerprint"], layout["config"]
-        run = Run(model.eval(), vqgan, data.Vocab(**layout["vocab"]), data.load_tokenizer(layout["tokenizer"]),
-                  tuple(layout["grid"]), config["pad"], config)
+        run = Run(model.eval(), vqgan, vocab, tokenizer, tuple(layout["grid"]), layout["config"])
+        fingerprint = layout["fingerprint"]
     if fingerprint != vqgan.fingerprint():
         raise ValueError(f"{vqgan_path}: not the VQGAN whose codes the model in {folder} was trained on")
     return run
 
 
-def export(run, folder, source=None):
-    """Write a folder that transformers, vLLM and lm-eval open, and that `--run` takes: weights, tokenizers, layout.
+def load_liquid(folder, vqgan, device, dtype) -> Run:
+    """Liquid's own folder: the last rows are codes, marks are words, pictures are padded."""
+    codes, side = vqgan.config.n_embed, 512 // vqgan.config.f
+    tokenizer = data.PretrainedTokenizer.load(folder)
+    model = Transformer.from_pretrained(folder, dtype, device, codes)
+    boi, eoi, uncond = marks = [tokenizer.id(name) for name in ("<boi>", "<eoi>", "<unconditional>")]
+    if None in marks:
+        raise ValueError(f"{folder}: neither {LAYOUT} of an export nor the marks of Liquid's tokenizer")
+    vocab = data.Vocab(**data.special_ids(folder), boi=boi, eoi=eoi, uncond=uncond, eol=eoi,
+                       image_start=model.config.vocab_size, image_size=codes)
+    return Run(model.eval(), vqgan, vocab, tokenizer, (side, side), {"init": str(folder), "pad": True})
 
-    source: the Hugging Face folder, or hub name, that training began with, whose tokenizer files are carried along.
-    """
-    folder, source = Path(folder), source and data.fetch(source)
-    if source and not source.is_dir():
-        raise ValueError(f"{source}: no such folder, and the export needs its tokenizer files")
-    ids = {f"{name}_token_id": getattr(run.vocab, name) for name in ("bos", "eos", "pad")}
-    run.model.save_pretrained(folder, **ids)
-    carried = "tokenizer*", "special_tokens*", "generation_config*", "chat_template*", "vocab.json", "merges.txt"
-    for pattern in carried if source else ():
-        for file in source.glob(pattern):
-            shutil.copy(file, folder / file.name)
-    data.save_atomically({"config": asdict(run.vqgan.config), "model": run.vqgan.state_dict()}, folder / "vqgan.pt")
+
+def export(run, folder):
+    """Write a Hugging Face folder, which `--run` opens, too."""
+    folder, source = Path(folder), run.config.get("init")
+    if source:
+        run.model.save_pretrained(folder)
+        patterns = "tokenizer* special_tokens* generation_config* chat_template* vocab.json merges.txt"
+        for pattern in patterns.split():
+            for file in data.fetch(source).glob(pattern):
+                shutil.copy(file, folder / file.name)
+    else:
+        ids = {f"{name}_token_id": getattr(run.vocab, name) for name in ("bos", "eos", "pad")}
+        run.model.save_pretrained(folder, **ids)
+        run.tokenizer.save_pretrained(folder)
+    vqgan = {"config": asdict(run.vqgan.config), "model": run.vqgan.state_dict()}
+    data.save_atomically(vqgan, folder / "vqgan.pt")
     layout = dict(vocab=asdict(run.vocab), tokenizer=run.tokenizer.state(), grid=run.grid, config=run.config,
                   fingerprint=run.vqgan.fingerprint())
     (folder / LAYOUT).write_text(json.dumps(layout))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The four tasks
-
-def batches(items, size):
-    return [items[i:i + size] for i in range(0, len(items), size)]
-
+# -----------------------------------------------------------------------------------------------------------
+# The tasks
 
 def in_batches(run, prompts, n, allowed, s, numbers=None, negative=None, stop=None):
-    """generate, s.batch prompts at a time -> yields ids (B, n); numbers (0, 1, ...) seed each prompt apart."""
-    numbers = range(len(prompts)) if numbers is None else numbers
-    for part, own in zip(batches(prompts, s.batch), batches(numbers, s.batch)):
-        # A seed for each, so that it comes out the same in any batch. CPUs keep 32 bits of a seed, in which an odd
-        # factor lets no two of --seed fall together.
-        seeded = [torch.Generator(run.device).manual_seed(s.seed * 1_000_003 + i) for i in own]
-        yield generate(run.model, part, n, allowed, negative and [negative] * len(part), s.guidance, s.temperature,
-                       s.top_k, s.top_p, stop, seeded, run.compile)
-
-
-def require_room(run, prompts, n=1):
-    """How many tokens fit behind the longest prompt; ValueError if fewer than n."""
+    """Yield the ids (B, n) that generate returns for s.batch prompts at a time."""
     longest, most = max(map(len, prompts), default=0), run.model.config.max_position_embeddings
     if longest + n > most:
-        raise ValueError(f"a prompt of {longest} tokens is too long: the model reads {most}, the answer's {n} included")
-    return most - longest
+        raise ValueError(f"a prompt of {longest} tokens is too long: {n} more, and the model reads {most}")
+    numbers = numbers or range(len(prompts))
+    for i in range(0, len(prompts), s.batch):
+        part = prompts[i:i + s.batch]
+        # An odd factor keeps seeds apart in the 32 bits that CPUs use.
+        seeds = [s.seed * 1_000_003 + number for number in numbers[i:i + s.batch]]
+        yield generate(run.model, part, n, allowed, negative and [negative] * len(part), s.guidance,
+                       s.temperature, s.top_k, s.top_p, stop,
+                       [torch.Generator(run.model.device).manual_seed(seed) for seed in seeds], run.compile)
 
 
 def text_to_image(run, prompts, sampling=None, numbers=None):
-    """Draw each prompt -> list of images; numbers (default 0, 1, ...) seed each of them apart, whatever their batch."""
-    (h, w), images = run.grid, []
+    """Prompts -> images; each has a seed of its own from its number (0, 1, ... unless given)."""
+    (h, w), rows, images = run.grid, run.vocab.image_rows, []
     negative, *positives = [data.render_t2i(run.vocab, run.tokenizer, p)[0] for p in (None, *prompts)]
-    require_room(run, positives, h * w)
-    for ids in in_batches(run, positives, h * w, run.vocab.image_rows, sampling or run.sampling, numbers, negative):
-        images += map(data.to_image, run.vqgan.decode(run.vocab.ids_to_codes(ids).view(-1, h, w)))
+    for ids in in_batches(run, positives, h * w, rows, sampling or run.sampling, numbers, negative):
+        codes = run.vocab.ids_to_codes(ids).view(-1, h, w)
+        images += [data.to_image(pixels) for part in codes.split(8) for pixels in run.vqgan.decode(part)]
     return images
 
 
-def fitted(run, images):
+def pixels_of(run, images):
     """Images of any size -> pixels (B, 3, side, side) as the run was trained on."""
-    return torch.cat([data.to_pixels(data.fit(image, run.side, run.pad)) for image in images]).to(run.device)
+    squares = [data.crop_square(image, run.side, run.config.get("pad")) for image in images]
+    return torch.cat([data.to_pixels(image) for image in squares]).to(run.model.device)
 
 
 def encode(run, images):
     """Images of any size -> codes (h, w) of each."""
-    return [codes for part in batches(images, run.sampling.batch) for codes in run.vqgan.encode(fitted(run, part))]
+    parts = [images[i:i + 8] for i in range(0, len(images), 8)]
+    return [codes for part in parts for codes in run.vqgan.encode(pixels_of(run, part))]
 
 
-def write(run, prompts, n, sampling=None, numbers=None):
-    """Continue prompts (lists of ids) with up to n tokens of text, usually greedily; numbers as in text_to_image."""
-    s, n = sampling or replace(run.sampling, temperature=0.0), min(n, require_room(run, prompts))
-    stop = {run.vocab.eos, *run.tokenizer.stops}
-    texts = []
-    for ids in in_batches(run, prompts, n, run.vocab.text_rows, s, numbers, stop=stop):
+def write(run, prompts, n, sampling=None):
+    """Continue prompts (lists of ids) with up to n tokens of text, usually greedily."""
+    room = run.model.config.max_position_embeddings - max(map(len, prompts), default=0)
+    s, n = sampling or replace(run.sampling, temperature=0.0), max(1, min(n, room))
+    stop, texts = {run.vocab.eos, *run.tokenizer.stops}, []
+    for ids in in_batches(run, prompts, n, (0, run.vocab.image_start), s, stop=stop):
         for row in ids.tolist():
             texts.append(run.tokenizer.decode(list(itertools.takewhile(lambda i: i not in stop, row))))
     return texts
 
 
-def caption(run, images, sampling=None, n=80, numbers=None):
+def caption(run, images, sampling=None, n=80):
     """Images -> captions."""
     prompts = [data.render_i2t(run.vocab, run.tokenizer, codes)[0] for codes in encode(run, images)]
-    return write(run, prompts, n, sampling, numbers)
+    return write(run, prompts, n, sampling)
 
 
 def answer(run, images, questions, sampling=None, n=40):
@@ -350,10 +325,11 @@ def answer(run, images, questions, sampling=None, n=40):
 
 def complete(run, texts, sampling=None, n=60):
     """Beginnings -> the text that follows each."""
-    return write(run, [data.render_text(run.vocab, run.tokenizer, text, ended=False)[0] for text in texts], n, sampling)
+    prompts = [data.render_text(run.vocab, run.tokenizer, text, ended=False)[0] for text in texts]
+    return write(run, prompts, n, sampling)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Scores
 
 def mean(values):
@@ -363,236 +339,163 @@ def mean(values):
 
 @torch.inference_mode()
 def losses(model, examples, batch=32):
-    """examples, a list of (ids, targets) of any lengths -> summed nll of each, and the number of targets of each."""
+    """Examples (ids, targets) -> summed nll of each, number of targets of each."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
     sums, counts = torch.zeros(len(examples)), torch.zeros(len(examples))
-    for part in batches(order, batch):
-        ids = pad_sequence([torch.tensor(examples[i][0]) for i in part], True).to(model.device)
-        targets = pad_sequence([torch.tensor(examples[i][1]) for i in part], True, data.IGNORE).to(model.device)
-        sums[part] = model(ids, targets=targets).sum(1).cpu()       # what is padded on the right is seen by nobody
-        counts[part] = (targets != data.IGNORE).sum(1).float().cpu()
+    for i in range(0, len(order), batch):
+        part = order[i:i + batch]
+        ids, targets = ([torch.tensor(examples[i][side]) for i in part] for side in (0, 1))
+        ids, targets = pad_sequence(ids, True), pad_sequence(targets, True, data.IGNORE)    # seen by nobody
+        sums[part] = model(ids.to(model.device), targets.to(model.device)).sum(1).cpu()
+        counts[part] = (targets != data.IGNORE).sum(1).float()
     return sums, counts
 
 
-@torch.inference_mode()
-def code_accuracy(run, pictures):
-    """How often the likeliest code is the true one, after a caption and the true codes before it; guessing: 1/K."""
-    right, (first, past_last) = [], run.vocab.image_rows
-    for p in pictures:
-        example = data.render_t2i(run.vocab, run.tokenizer, p.captions[0], *encode(run, [p.open()]))
-        ids, targets = (torch.tensor(x, device=run.device) for x in example)
-        is_code = (first <= targets) & (targets < past_last)
-        likeliest = first + run.model(ids[None])[0, is_code, first:past_last].argmax(-1)
-        right += (likeliest == targets[is_code]).tolist()
-    return mean(right)
-
-
 def score_drawings(images, wanted):
-    """Drawn images against scenes -> (share drawn exactly, share of the wanted objects found)."""
-    found = [data.grade(image) for image in images]
-    objects = [o in scene.objects for scene, want in zip(found, wanted) for o in want.objects]
-    return mean(a == b for a, b in zip(found, wanted)), mean(objects)
+    """Images against scenes -> (share of exact ones, share of the wanted objects found)."""
+    pairs = [(data.grade(image), scene) for image, scene in zip(images, wanted)]
+    objects = [o in found.objects for found, scene in pairs for o in scene.objects]
+    return mean(found == scene for found, scene in pairs), mean(objects)
 
 
-def score_reconstructions(run, pictures):
-    """-> images, mean PSNR in dB (over [0, 1]), number of codes used"""
-    images, psnrs, used = [], [], set()
-    for part in batches(pictures, run.sampling.batch):
-        pixels = fitted(run, [p.open() for p in part])
-        codes = run.vqgan.encode(pixels)
+def score_pictures(run, pictures, graded):
+    """Scores of each picture reconstructed, drawn and captioned; graded: as a built-in scene."""
+    rebuilt, psnrs, used = [], [], set()
+    for i in range(0, len(pictures), 8):
+        pixels = pixels_of(run, [p.open() for p in pictures[i:i + 8]])                  # (B, 3, H, W)
+        codes = run.vqgan.encode(pixels)                                                # (B, h, w)
         decoded = run.vqgan.decode(codes)
-        psnrs += (-10 * ((decoded - pixels) / 2).square().mean((1, 2, 3)).clamp(min=1e-10).log10()).tolist()
-        images += map(data.to_image, decoded)
+        error = ((decoded - pixels) / 2).square().mean((1, 2, 3))                       # of values in [0, 1]
+        psnrs += (-10 * error.clamp(min=1e-10).log10()).tolist()                        # dB
+        rebuilt += map(data.to_image, decoded)
         used |= set(codes.flatten().tolist())
-    return images, mean(psnrs), len(used)
+    scenes = [p.scene for p in pictures if graded]
+    drawn = text_to_image(run, [p.captions[0] for p in pictures if graded])
+    exact, objects = score_drawings(drawn, scenes)
+    captioned = [p for p in pictures if p.captions]
+    said = zip(captioned, caption(run, [p.open() for p in captioned]))
+    right = [data.read_description(words) == p.scene if graded else words in p.captions for p, words in said]
+    return {"reconstruction_psnr": mean(psnrs), "codes_used": len(used),
+            "reconstruction_exact": score_drawings(rebuilt, scenes)[0],
+            "t2i_exact": exact, "t2i_objects": objects, "caption_exact": mean(right)}
 
 
-def bits_per_byte(run, texts, train_texts):
-    """Bits a byte that the model needs for texts and their ends, and those that byte frequencies in training need."""
-    sums, _ = losses(run.model, [data.render_text(run.vocab, run.tokenizer, text) for text in texts])
-    size = sum(len(text.encode()) for text in texts)
-    counts = Counter(byte for text in train_texts for byte in text.encode())
-    total = sum(counts.values()) + 256          # each byte counts once more than it was seen, lest one be impossible
-    unigram = -sum(math.log2((counts[byte] + 1) / total) for text in texts for byte in text.encode())
-    return float(sums.sum()) / math.log(2) / size, unigram / size
-
-
-def score_answers(run, split, train, limit):
-    """Exact answers to one question about each picture, and those of always giving a question's most common answer."""
-    common, overall = defaultdict(Counter), Counter({"": 0})
-    for question, reply in (talk[0] for p in train for talk in p.talks):
-        common[question][reply] += 1
-        overall[reply] += 1
-    asked = [(p, *p.talks[i % len(p.talks)][0]) for i, p in enumerate(split) if p.talks][:limit]
+def score_answers(run, pictures):
+    """The share of exact answers to one question about each picture."""
+    asked = [(p, *p.dialogues[i % len(p.dialogues)][0]) for i, p in enumerate(pictures) if p.dialogues]
     blank, most = torch.zeros(run.grid, dtype=torch.long), run.model.config.max_position_embeddings
-    asked = [x for x in asked       # training has left longer ones out, too
+    asked = [x for x in asked                                       # training left out longer ones, too
              if len(data.render_vqa(run.vocab, run.tokenizer, blank, [(x[1], None)])[0]) < most]
     said = answer(run, [p.open() for p, _, _ in asked], [question for _, question, _ in asked])
-    guesses = [(common.get(question) or overall).most_common(1)[0][0] for _, question, _ in asked]
-    truth = [reply for _, _, reply in asked]
-    return mean(a == b for a, b in zip(said, truth)), mean(a == b for a, b in zip(guesses, truth))
-
-
-def score_cloze(run):
-    """How often the true end of a sentence about a shape is likelier than three false ones, over all pairs."""
-    texts = [f"Any {color} {shape} has {end}." for color, shape in data.PAIRS for end in data.CORNERS.values()]
-    sums, _ = losses(run.model, [data.render_text(run.vocab, run.tokenizer, text) for text in texts])
-    truth = [list(data.CORNERS).index(shape) for _, shape in data.PAIRS]
-    return mean(a == b for a, b in zip(sums.view(len(truth), -1).argmin(1).tolist(), truth))
-
-
-def score_scenes(run, pictures, reconstructions):
-    """What is exact of built-in scenes when they are reconstructed, drawn from a caption, and captioned."""
-    truth = [data.grade(p.open()) for p in pictures]
-    exact, objects = score_drawings(text_to_image(run, [p.captions[0] for p in pictures]), truth)
-    captions = caption(run, [p.open() for p in pictures])
-    return {"reconstruction": score_drawings(reconstructions, truth)[0], "t2i": exact, "objects": objects,
-            "caption": mean(data.read_description(c) == t for c, t in zip(captions, truth))}
+    return mean(a == b for a, (_, _, b) in zip(said, asked))
 
 
 def readable(picture) -> bool:
-    try:
-        return picture.open is not None and picture.open() is not None      # what came as codes has no file to open
-    except ValueError:
-        return False
+    with suppress(ValueError):
+        return bool(picture.open and picture.open())                # codes alone have no file to open
+    return False
 
 
-def evaluate(run, splits, n=200) -> dict:
-    """All scores of a run on pictures and texts that it never trained on; what a source cannot tell is None."""
-    val, train = splits["val"], splits["train"]
-    pictures, trained = (list(itertools.islice(filter(readable, split.pictures), n)) for split in (val, train))
-    images, psnr, used = score_reconstructions(run, pictures)
-    accuracy, majority = score_answers(run, pictures, train.pictures, n)
-    bits, unigram = bits_per_byte(run, val.texts, train.texts) if val.texts else (None, None)
-    seen, unseen = {}, {}       # scores of scenes
-    if "unseen" in splits:
-        withheld = splits["unseen"].pictures[:n]
-        seen = score_scenes(run, pictures, images) | {"cloze": score_cloze(run)}
-        unseen = score_scenes(run, withheld, score_reconstructions(run, withheld)[0]) if withheld else {}
-    else:
-        captioned = [p for p in pictures if p.captions]
-        said = caption(run, [p.open() for p in captioned])
-        seen["caption"] = mean(words in p.captions for words, p in zip(said, captioned))
-    return {"n": len(pictures), "reconstruction_psnr": psnr, "codes_used": used,
-            "reconstruction_exact": seen.get("reconstruction"),
-            "t2i_code_accuracy": code_accuracy(run, [p for p in pictures if p.captions]),
-            "t2i_code_accuracy_train": code_accuracy(run, [p for p in trained if p.captions]),
-            "t2i_exact": seen.get("t2i"), "t2i_objects": seen.get("objects"), "caption_exact": seen.get("caption"),
-            "vqa": accuracy, "vqa_majority": majority,
-            "text_bits_per_byte": bits, "text_bits_per_byte_unigram": unigram, "text_cloze": seen.get("cloze"),
-            "reconstruction_unseen_combinations": unseen.get("reconstruction"),
-            "t2i_unseen_combinations": unseen.get("t2i"), "caption_unseen_combinations": unseen.get("caption")}
+def score(run, splits, n=200) -> dict:
+    """All scores of a run on held-out examples; None for those that a source cannot give."""
+    val, unseen = splits["val"], splits.get("unseen", data.Split([], []))       # built-in data have both
+    pictures = list(itertools.islice(filter(readable, val.pictures), n))
+    own, new = (score_pictures(run, some, "unseen" in splits) for some in (pictures, unseen.pictures[:n]))
+    nll, _ = losses(run.model, [data.render_text(run.vocab, run.tokenizer, text) for text in val.texts])
+    size = sum(len(text.encode()) for text in val.texts)
+    return {"n": len(pictures), **own, "vqa": score_answers(run, pictures),
+            "text_bits_per_byte": float(nll.sum()) / math.log(2) / size if size else None,
+            "reconstruction_unseen_combinations": new["reconstruction_exact"],
+            "t2i_unseen_combinations": new["t2i_exact"], "caption_unseen_combinations": new["caption_exact"]}
 
 
 def print_scores(scores):
     for name, value in scores.items():
-        print(f"{name:<38} {'-' if value is None else value if isinstance(value, int) else format(value, '.3f')}")
-    print(json.dumps({name: round(value, 4) if isinstance(value, float) else value for name, value in scores.items()}))
+        print(f"{name:<38} {'-' if value is None else f'{value:.3f}' if isinstance(value, float) else value}")
+    print(json.dumps({name: round(v, 4) if isinstance(v, float) else v for name, v in scores.items()}))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # The command line
 
-def missing(paths):
-    """Numbers of the files that are not there yet; torchrun's processes take every world-th of them each."""
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    return [i for i in range(rank, len(paths), world) if not paths[i].exists()]
-
-
-def draw_command(run, args):
-    lines = data.read_utf8(args.prompts).splitlines() if args.prompts else [args.prompt]
-    prompts = [line for line in lines if line and line.strip()]
-    if not prompts:
-        raise ValueError("t2i needs a prompt, or --prompts FILE")
-    if not args.prompts:
-        text_to_image(run, prompts)[0].save(args.out)
-        return print(args.out)
-    paths = [Path(args.save_dir, f"{i:05d}.png") for i in range(len(prompts))]
-    for part in tqdm(batches(missing(paths), run.sampling.batch), desc="draw"):
+def draw_all(run, file, folder):
+    """Draw the lines of a file into folder/00000.png, ...; torchrun's processes share them."""
+    prompts = [line for line in data.read_utf8(file).splitlines() if line.strip()]
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    paths = [Path(folder, f"{i:05d}.png") for i in range(len(prompts))]
+    todo = [i for i in range(rank, len(paths), world) if not paths[i].exists()]
+    for k in tqdm(range(0, len(todo), run.sampling.batch), desc="draw"):
+        part = todo[k:k + run.sampling.batch]
         for i, image in zip(part, text_to_image(run, [prompts[i] for i in part], numbers=part)):
             data.write_atomically(paths[i], lambda file: image.save(file, "PNG"))
 
 
-def caption_command(run, args, words):
-    if not Path(args.picture).is_dir():
-        return print(caption(run, [data.load_image(args.picture)], words, args.n)[0])
-    files = data.picture_files(args.picture)
-    if not files:
-        raise ValueError(f"{args.picture}: no pictures in it")
-    paths = [Path(args.save_dir, file.relative_to(args.picture)).with_suffix(".txt") for file in files]
-    path, times = Counter(paths).most_common(1)[0]
-    if times > 1:
-        raise ValueError(f"{args.picture}: {times} pictures in it would share the caption {path}")
-    for part in tqdm(batches(missing(paths), words.batch), desc="caption"):
-        images = {}
-        for i in part:
-            try:
-                images[i] = data.load_image(files[i])
-            except ValueError as error:
-                tqdm.write(f"skipped: {error}", file=sys.stderr)
-        captions = caption(run, list(images.values()), words, args.n, list(images)) if images else []
-        for i, text in zip(images, captions):
-            data.write_atomically(paths[i], lambda file: file.write(f"{text}\n".encode()))
-
-
 def parser():
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--run", default="runs/demo", help="a run folder")
+    common.add_argument("--vqgan", help="its VQGAN, if elsewhere")
+    common.add_argument("--device", default="auto")
+    common.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights")
+    common.add_argument("--compile", action="store_true", help="the decode step")
+    common.add_argument("--n", type=int, help="tokens of text (80), or examples of eval (200)")
+    for name, default in vars(Sampling()).items():
+        common.add_argument(f"--{name.replace('_', '-')}", f"--{name}", type=type(default),
+                            help="as trained, unless given; text is greedy")
     commands = top.add_subparsers(dest="command", required=True)
-    for name, positional in {"t2i": ["prompt"], "i2t": ["picture"], "vqa": ["picture", "question"],
-                             "text": ["beginning"], "eval": [], "export": ["folder"]}.items():
-        p = commands.add_parser(name)
-        for argument in positional:
-            optional, note = "?" if name == "t2i" else None, "or a folder" if name == "i2t" else None
-            p.add_argument(argument, nargs=optional, help=note)
-        p.add_argument("--run", default="runs/demo", help="a run folder")
-        p.add_argument("--vqgan", help="where the run's VQGAN is, if not in its folder")
-        p.add_argument("--device", default="auto")
-        p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the transformer's weights")
-        p.add_argument("--compile", action="store_true", help="the decode step: slow to start, then faster")
-        if name not in ("t2i", "export"):
-            p.add_argument("--n", type=int, default=200 if name == "eval" else 80, help="examples to score, or tokens")
-        for key, default in vars(Sampling()).items():
-            if name != "export" and (key != "guidance" or name in ("t2i", "eval")):
-                usual = default if key in ("seed", "batch") else "what suits the run; words are greedy"
-                p.add_argument(f"--{key.replace('_', '-')}", f"--{key}", type=type(default), help=f"left out: {usual}")
-        if name in ("t2i", "i2t"):
-            p.add_argument("--save-dir", "--save_dir", default="drawn" if name == "t2i" else "captions", metavar="DIR")
-        if name == "t2i":
-            p.add_argument("--out", default="out.png")
-            p.add_argument("--prompts", metavar="FILE", help="one prompt a line")
+    add = functools.partial(commands.add_parser, parents=[common])
+    p = add("t2i", help="draw")
+    p.add_argument("prompt", nargs="?")
+    p.add_argument("--out", default="out.png")
+    p.add_argument("--prompts", metavar="FILE", help="one prompt a line")
+    p.add_argument("--save-dir", "--save_dir", default="drawn", metavar="DIR")
+    add("i2t", help="caption").add_argument("pictures", nargs="+")
+    p = add("vqa", help="answer a question")
+    p.add_argument("picture")
+    p.add_argument("question")
+    add("text", help="continue").add_argument("beginning")
+    add("eval", help="score on held-out examples")
+    add("export", help="write a Hugging Face folder").add_argument("folder")
     return top
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
     try:
-        if getattr(args, "n", 1) < 1:
+        if args.n is not None and args.n < 1:
             raise ValueError(f"--n {args.n}: expected a number from 1")
-        run = load(args.run, args.vqgan, args.device, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype])
-        given = {k: v for k in vars(run.sampling) if (v := getattr(args, k, None)) is not None}
+        if args.command == "t2i" and not (args.prompt or args.prompts):
+            raise ValueError("t2i needs a prompt, or --prompts FILE")
+        dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+        run = load(args.run, args.vqgan, args.device, dtype)
+        given = {k: v for k in vars(run.sampling) if (v := getattr(args, k)) is not None}
         run = replace(run, sampling=replace(run.sampling, **given), compile=args.compile)
-        words = replace(run.sampling, temperature=given.get("temperature", 0.0))    # text is greedy by default
-        if args.command == "t2i":
-            draw_command(run, args)
+        words = replace(run.sampling, temperature=given.get("temperature", 0.0)), args.n or 80
+        if args.command == "t2i" and args.prompts:
+            draw_all(run, args.prompts, args.save_dir)
+        elif args.command == "t2i":
+            text_to_image(run, [args.prompt])[0].save(args.out)
+            print(args.out)
         elif args.command == "i2t":
-            caption_command(run, args, words)
+            for text in caption(run, [data.load_image(file) for file in args.pictures], *words):
+                print(" ".join(text.split()))
         elif args.command == "vqa":
-            print(answer(run, [data.load_image(args.picture)], [args.question], words, args.n)[0])
+            print(answer(run, [data.load_image(args.picture)], [args.question], *words)[0])
         elif args.command == "text":
-            print(args.beginning + complete(run, [args.beginning], words, args.n)[0])
+            print(args.beginning + complete(run, [args.beginning], *words)[0])
         elif args.command == "export":
-            export(run, args.folder, run.config.get("init"))
+            export(run, args.folder)
             print(args.folder)
         else:
             c = run.config
             if "data" not in c:
                 raise ValueError(f"--run {args.run}: eval needs a run of train.py, which knows its data")
-            splits = data.load_source(c["data"], c["text"], run.side, c["withheld"], c.get("passage", 160))
-            print_scores(evaluate(run, splits, args.n))
+            splits = data.load_source(c["data"], c["text"], run.side, c["withheld"], bool(c["init"]))
+            print_scores(score(run, splits, args.n or 200))
     except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {error}")
 
 
 if __name__ == "__main__":
-    torch.set_flush_denormal(True)      # as in train.py
+    torch.set_flush_denormal(True)      # softmax's denormal tails take CPUs 100 times longer
     main()

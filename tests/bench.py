@@ -1,7 +1,7 @@
 """Speed and memory, as a table of ratios: each peer or limit is timed in turns with us, in the same run.
 
-    python tests/bench.py                   # everything, some minutes; needs pip install -e ".[test]" diffusers
-    python tests/bench.py drawing loss      # some of its parts: drawing, bandwidth, loss, products, vqgan
+    python tests/bench.py                 # everything, some minutes; needs pip install -e ".[test]" diffusers
+    python tests/bench.py drawing loss    # some of its parts: drawing, bandwidth, loss, products, vqgan
 
 Every model is random, in float32, on the CPU; the number of threads is torch's own (OMP_NUM_THREADS).
 """
@@ -34,7 +34,7 @@ def row(name, value, target=None, note=""):
 
 
 def seconds(*functions, repeats=3):
-    """The median time of each, after one call to warm up; in turns, so that a busy machine slows all alike."""
+    """The median time of each after one call to warm up; in turns, so that a busy machine slows all alike."""
     times = [[] for _ in functions]
     for turn in range(repeats + 1):
         for function, measured in zip(functions, times):
@@ -44,15 +44,15 @@ def seconds(*functions, repeats=3):
     return [statistics.median(measured) for measured in times]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Drawing, against the loop of the official inference_t2i.py
 
 def gemma(words, **options):
     """A random Gemma of transformers with image rows behind its words, and the same weights in ours."""
     torch.manual_seed(0)
-    config = transformers.GemmaConfig(**{"vocab_size": words + CODES, "hidden_size": 384, "intermediate_size": 1536,
-                                         "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 1,
-                                         "head_dim": 96, **options})
+    sizes = dict(vocab_size=words + CODES, hidden_size=384, intermediate_size=1536, num_hidden_layers=6,
+                 num_attention_heads=4, num_key_value_heads=1, head_dim=96)
+    config = transformers.GemmaConfig(**sizes | options)
     theirs = transformers.GemmaForCausalLM(config).eval()
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
@@ -71,11 +71,12 @@ def keep(logits, top_k, top_p):
 
 @torch.inference_mode()
 def official(model, prompts, n, words, guidance, temperature, top_k=0, top_p=1.0):
-    """Prompts, then their negatives -> codes' ids (B, n): a cache that grows, the full head, a mask over the words' logits."""
+    """Prompts, then their negatives -> codes' ids (B, n): a growing cache, the full head, masked words."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    positions, cache, drawn = (mask.cumsum(-1) - 1).clamp(min=0), transformers.DynamicCache(config=model.config), []
+    positions, drawn = (mask.cumsum(-1) - 1).clamp(min=0), []
+    cache = transformers.DynamicCache(config=model.config)
     for _ in range(n):
         logits = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1]
         conditional, unconditional = logits.chunk(2)
@@ -111,36 +112,38 @@ def drawing(n=64):
         name = f"{words:,} + {CODES:,} rows: "
         same = torch.equal(draw_theirs(32, temperature=0), draw_ours(32, temperature=0))
         row(name + "greedy codes equal to the official loop's", same, 1)
-        peer, eager, compiled, summing = seconds(lambda: draw_theirs(**settings), lambda: draw_ours(**settings),
-                                                 lambda: draw_ours(**settings, compile=True), block.sum)
+        peer, eager, compiled, summing = seconds(
+            lambda: draw_theirs(**settings), lambda: draw_ours(**settings),
+            lambda: draw_ours(**settings, compile=True), block.sum)
         limit = n * weights_read(ours) * summing / block.nbytes
         row(name + "codes/s over the official loop's", peer / eager, target, f"{4 * n / eager:.0f} codes/s")
         row(name + "the same with --compile", peer / compiled, target, f"{4 * n / compiled:.0f} codes/s")
         row(name + "the same if a step did nothing but read its weights", peer / limit)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Drawing, against what the memory can deliver
 
 @torch.inference_mode()
 def bandwidth(n=32):
-    """Bytes of weights, image rows of the head and cache that a step must read, over the bytes that a plain sum reads."""
+    """Bytes of weights, image rows and cache that a step reads, over those that a plain sum reads."""
     torch.manual_seed(0)
     words, block = 32_000, torch.ones(2 ** 28)
-    config = ModelConfig(vocab_size=words + CODES, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
-                         num_attention_heads=14, num_key_value_heads=2, head_dim=64)        # Qwen2.5-0.5B's shape
+    config = ModelConfig(vocab_size=words + CODES, hidden_size=896, intermediate_size=4864,   # Qwen2.5-0.5B's
+                         num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, head_dim=64)
+    of_cache = 4 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     model = Transformer(config).eval()
     for batch in (1, 16):
         def draw(n):
             sample.generate(model, [[1, 2, 3]] * batch, n, (words, words + CODES), temperature=0)
         summing, short, long = seconds(block.sum, lambda: draw(8), lambda: draw(8 + n))
-        cache = 4 * 2 * config.num_hidden_layers * batch * config.num_key_value_heads * config.head_dim * (10 + n // 2)
+        cache = of_cache * batch * (10 + n // 2)
         share = (weights_read(model) + cache) / ((long - short) / n) / (block.nbytes / summing)
         row(f"share of the memory bandwidth that a step of batch {batch} reaches", share, None,
             f"{block.nbytes / summing / 1e9:.1f} GB/s, {1000 * (long - short) / n:.0f} ms a step")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Forward and backward with a large vocabulary, against transformers
 
 LARGE = dict(hidden_size=384, intermediate_size=1536, max_position_embeddings=2048)
@@ -148,28 +151,30 @@ LARGE = dict(hidden_size=384, intermediate_size=1536, max_position_embeddings=20
 
 def loss_step(side, words, share=1.0, tokens=2048):
     """-> a function that runs forward and backward on `tokens` positions, of which `share` have a target."""
-    options = dict(LARGE, vocab_size=words + CODES, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=1,
-                   head_dim=96)
+    options = dict(LARGE, vocab_size=words + CODES, num_hidden_layers=6, num_attention_heads=4,
+                   num_key_value_heads=1, head_dim=96)
     torch.manual_seed(0)
     ids = torch.randint(words, (1, tokens))
     learned = torch.arange(tokens) >= tokens * (1 - share)
     if side == "ours":
-        model, targets = Transformer(ModelConfig(model_type="gemma", hidden_act="gelu_pytorch_tanh", **options)), ids.roll(-1, 1)
-        targets = targets.where(learned, -100)
+        model = Transformer(ModelConfig(model_type="gemma", hidden_act="gelu_pytorch_tanh", **options))
+        targets = ids.roll(-1, 1).where(learned, -100)
         return lambda: (model.zero_grad(), model(ids, targets=targets).mean().backward())
-    model, labels = transformers.GemmaForCausalLM(transformers.GemmaConfig(**options)), ids.where(learned, -100)
+    model = transformers.GemmaForCausalLM(transformers.GemmaConfig(**options))
+    labels = ids.where(learned, -100)
     return lambda: (model.zero_grad(), model(ids, labels=labels).loss.backward())
 
 
 def peak(side, words):
-    """How far forward and backward raise the resident memory of a fresh process above its weights, in bytes."""
+    """Bytes by which forward and backward raise the resident memory of a fresh process above its weights."""
     command = [sys.executable, "-c", f"import bench; bench.print_peak({side!r}, {words})"]
-    return float(subprocess.run(command, cwd=Path(__file__).parent, check=True, stdout=subprocess.PIPE).stdout)
+    done = subprocess.run(command, cwd=Path(__file__).parent, check=True, stdout=subprocess.PIPE)
+    return float(done.stdout)
 
 
 def print_peak(side, words):
-    def status(name):
-        return 1024 * int(re.search(rf"{name}:\s*(\d+)", Path("/proc/self/status").read_text())[1])     # Linux
+    def status(name):       # on Linux
+        return 1024 * int(re.search(rf"{name}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
     step = loss_step(side, words)
     Path("/proc/self/clear_refs").write_text("5")       # forget the peak of building the model
     before = status("VmRSS")
@@ -184,18 +189,20 @@ def loss():
         row(name + "peak memory of transformers over ours", theirs / ours, 2 if words > 99_999 else None,
             f"{theirs / 1e9:.2f} and {ours / 1e9:.2f} GB")
         theirs, ours = seconds(loss_step("theirs", words), loss_step("ours", words), repeats=9)
-        row(name + "forward + backward of transformers over ours", theirs / ours, target, f"{theirs:.2f} and {ours:.2f} s")
+        row(name + "forward + backward of transformers over ours", theirs / ours, target,
+            f"{theirs:.2f} and {ours:.2f} s")
         theirs, ours = seconds(loss_step("theirs", words, 0.5), loss_step("ours", words, 0.5))
-        row(name + "the same with targets on the later half", theirs / ours, None, f"{theirs:.2f} and {ours:.2f} s")
+        row(name + "the same with targets on the later half", theirs / ours, None,
+            f"{theirs:.2f} and {ours:.2f} s")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Training, against the machine's matrix products
 
 def products(context=512, rows=4):
     torch.manual_seed(0)
-    config = ModelConfig(vocab_size=8192, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
-                         num_key_value_heads=8, head_dim=64)
+    config = ModelConfig(vocab_size=8192, hidden_size=512, intermediate_size=1536, num_hidden_layers=8,
+                         num_attention_heads=8, num_key_value_heads=8, head_dim=64)
     ids, a = torch.randint(8192, (rows, context)), torch.randn(2048, 2048)
     documents = (torch.arange(context) // (context // 2)).expand(rows, -1)
     plain, compiled = Transformer(config), Transformer(config)
@@ -207,14 +214,15 @@ def products(context=512, rows=4):
         model(ids, ids, documents=documents).mean().backward()
 
     product, *training = seconds(lambda: a @ a, lambda: step(plain), lambda: step(compiled), repeats=5)
-    matrices = sum(p.numel() for p in plain.parameters() if p.ndim == 2) + 8 * 512 * context // 2     # and attention
+    attention = 8 * 512 * context // 2
+    matrices = sum(p.numel() for p in plain.parameters() if p.ndim == 2) + attention
     flops, limit = 6 * matrices * ids.numel(), 2 * 2048 ** 3 / product
     for name, taken in zip(("", ", with --compile"), training):
-        row("share of a 2048x2048 product's speed in training, width 512, 8 layers" + name, flops / taken / limit, 0.6,
-            f"{limit / 1e9:.0f} GFLOP/s in a product")
+        row("share of a 2048x2048 product's speed in training, width 512, 8 layers" + name,
+            flops / taken / limit, 0.6, f"{limit / 1e9:.0f} GFLOP/s in a product")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # The tokenizer, against the same shapes elsewhere
 
 def vqgan(size=128, batch=4):
@@ -223,11 +231,12 @@ def vqgan(size=128, batch=4):
     widths, pixels = (1, 1, 2, 2, 4), torch.rand(batch, 3, size, size) * 2 - 1
     ours = VQGAN(VQGANConfig(ch=64, ch_mult=widths))
     chameleon = transformers.ChameleonVQVAE(transformers.ChameleonVQVAEConfig(
-        base_channels=64, channel_multiplier=list(widths), num_res_blocks=2, num_embeddings=8192, embed_dim=256,
-        latent_channels=256, resolution=size, attn_resolutions=None)).eval()
-    peer = diffusers.VQModel(down_block_types=("DownEncoderBlock2D",) * 5, up_block_types=("UpDecoderBlock2D",) * 5,
-                             block_out_channels=tuple(64 * w for w in widths), layers_per_block=2, latent_channels=256,
-                             num_vq_embeddings=8192, vq_embed_dim=256)
+        base_channels=64, channel_multiplier=list(widths), num_res_blocks=2, num_embeddings=8192,
+        embed_dim=256, latent_channels=256, resolution=size, attn_resolutions=None)).eval()
+    peer = diffusers.VQModel(
+        down_block_types=("DownEncoderBlock2D",) * 5, up_block_types=("UpDecoderBlock2D",) * 5,
+        block_out_channels=tuple(64 * w for w in widths), layers_per_block=2, latent_channels=256,
+        num_vq_embeddings=8192, vq_embed_dim=256)
 
     @torch.inference_mode()
     def encode(model):
@@ -245,23 +254,26 @@ def vqgan(size=128, batch=4):
     name = f"VQGAN of half Chameleon's width, {size} pixels: "
     row(name + "images/s over transformers'", theirs / mine, 1, f"{batch / mine:.1f} images/s")
     theirs, mine = seconds(train_peer, train_ours)
-    row(name + "forward + backward of diffusers over ours", theirs / mine, 1, f"{mine:.2f} s for {batch} images")
+    row(name + "forward + backward of diffusers over ours", theirs / mine, 1,
+        f"{mine:.2f} s for {batch} images")
 
 
 PARTS = {f.__name__: f for f in (drawing, bandwidth, loss, products, vqgan)}
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART", help="of " + ", ".join(PARTS))
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}")
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{torch.get_num_threads()} threads, {versions}")
     for name in parser.parse_args(argv).parts or PARTS:
         PARTS[name]()
 
 
-torch.set_flush_denormal(True)      # for all sides: denormal tails of a softmax are up to 100 times slower on CPUs
+torch.set_flush_denormal(True)      # denormal tails of a softmax are up to 100 times slower on CPUs
 
 if __name__ == "__main__":
     main()

@@ -11,11 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from model import Block, ChunkedNLL, ModelConfig, Transformer, rope_angles  # noqa: E402
+from model import NLL, Block, ModelConfig, Transformer, rope_angles  # noqa: E402
 
 
 def kept_by_block(config, rows, context, low, residual) -> int:
-    """Bytes of activations that one block keeps for backward; it is run on tensors without data, and PyTorch counts.
+    """Bytes of activations that one block keeps for backward, counted by PyTorch on tensors without data.
 
     low: the dtype of products; residual: that of what flows from block to block, and of the weights.
     """
@@ -40,21 +40,25 @@ def kept_by_block(config, rows, context, low, residual) -> int:
 
 
 def memory(config, rows, context, world=1, shard=False, checkpointing=False, mixed=True) -> float:
-    """Bytes at the peak of a step with AdamW, for `rows` packed rows on each device; mixed: bf16 products, as on CUDA."""
+    """Bytes at the peak of a step with AdamW, for `rows` packed rows on each device.
+
+    mixed: bf16 products, as on CUDA.
+    """
     with torch.device("meta"):
         model = Transformer(config)
     L, table = config.num_hidden_layers, config.vocab_size * config.hidden_size
     every, block = (sum(p.numel() for p in part.parameters()) for part in (model, model.model.layers[0]))
     root, low = every - L * block, torch.bfloat16 if mixed else torch.float32
     residual = low if shard else torch.float32
-    x, kept = rows * context * config.hidden_size * residual.itemsize, kept_by_block(config, rows, context, low, residual)
+    kept = kept_by_block(config, rows, context, low, residual)
+    x = rows * context * config.hidden_size * residual.itemsize
     activations = L * x + kept if checkpointing else L * kept
     weights_and_moments, gradients = (n * every / (world if shard else 1) for n in (12, 4))
-    copies = low.itemsize * (root + 2 * block) if shard else 2 * every * mixed      # gathered, or made by autocast
-    arriving = (low.itemsize + 4) * root if shard else 8 * table                    # the table's, from head and embedding
-    chunk = min(4 * rows * context * config.vocab_size, max(ChunkedNLL.CHUNK, 4 * ChunkedNLL.LEAST * config.vocab_size))
-    loss = 2 * chunk + (low.itemsize + 4 * (mixed and not shard)) * table           # logits and what logsumexp makes of them
-    buckets = gradients if world > 1 or shard else 0                                # DDP keeps room for all gradients
+    copies = low.itemsize * (root + 2 * block) if shard else 2 * every * mixed  # gathered, or by autocast
+    arriving = (low.itemsize + 4) * root if shard else 8 * table    # the table's, from head and embedding
+    logits = 4 * config.vocab_size * min(rows * context, max(NLL.LEAST, NLL.CHUNK // (4 * config.vocab_size)))
+    loss = 2 * logits + (4 + 2 * mixed) * table     # and the gradients of both, the table's in float32
+    buckets = gradients if world > 1 or shard else 0                # DDP keeps room for all gradients
     return weights_and_moments + copies + max(activations + loss + buckets, gradients + arriving)
 
 
@@ -68,9 +72,12 @@ def print_memory(rows=4, context=2048):
              "Qwen2.5-32B": ("qwen2", 152064, 5120, 27648, 64, 40, 8, 128)}
     print("| model | 1 GPU | data parallel, 8 or 64 | `--shard`, 8 | `--shard`, 64 |\n|---|---|---|---|---|")
     for name, (family, words, width, inner, layers, heads, groups, d) in sizes.items():
-        config = ModelConfig(family, words + 8192, width, inner, layers, heads, groups, d,
-                             tie_word_embeddings=name not in ("Qwen2.5-7B", "Qwen2.5-32B"))
-        cells = (" / ".join(f"{memory(config, rows, context, world, shard, c) / 2 ** 30:.0f}" for c in (False, True))
+        config = ModelConfig(
+            model_type=family, vocab_size=words + 8192, hidden_size=width, intermediate_size=inner,
+            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=groups, head_dim=d,
+            tie_word_embeddings=name not in ("Qwen2.5-7B", "Qwen2.5-32B"))
+        cells = (" / ".join(f"{memory(config, rows, context, world, shard, checkpointing) / 2 ** 30:.0f}"
+                            for checkpointing in (False, True))
                  for world, shard in ((1, False), (8, False), (8, True), (64, True)))
         print(f"| {name} | {' | '.join(cells)} |")
 

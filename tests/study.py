@@ -33,38 +33,36 @@ def read_runs(path) -> list[Trained]:
     """A run folder, or a .json file of runs that an earlier comparison saved."""
     if str(path).endswith(".json"):
         text = data.read_utf8(path)
-        with sample.fitting(path):
+        with sample.naming_file(path):
             return [Trained(**run) for run in json.loads(text)]
     folder = Path(path)
-    text, weights = data.read_utf8(folder / "config.json"), sample.read_model(folder / "model.pt")["model"]
-    with sample.fitting(folder / "config.json"):
+    text = data.read_utf8(folder / "config.json")
+    weights = sample.read_model(folder / "model.pt")["model"]
+    with sample.naming_file(folder / "config.json"):
         config = json.loads(text)
+        tokens = config["rows"] * config["context"]         # of a step
     size = sum(tensor.numel() for name, tensor in weights.items() if ".layers." in name)
-    with sample.fitting(folder / "log.jsonl"):
-        lines = [line for _, line in data.read_jsonl(folder / "log.jsonl")]
-        curve = [(6 * size * line["step"] * config["rows"] * config["context"],     # 2 FLOPs forward, 4 backward
-                  {name: loss for name, loss in line.items() if name.startswith("val_")})
-                 for line in lines if line["act"] == 3 and any(name.startswith("val_") for name in line)]
+    curve, scores = [], {}
+    with sample.naming_file(folder / "log.jsonl"):
+        for _, line in data.read_jsonl(folder / "log.jsonl"):
+            losses = {name: loss for name, loss in line.items() if name.startswith("val_")}
+            if losses:
+                curve.append((6 * size * line["step"] * tokens, losses))        # 2 FLOPs forward, 4 backward
+            scores |= {name: score for name, score in line.get("scores", {}).items() if score is not None}
         if not curve:
             raise ValueError("no held-out loss in it")
-        scores = next((line["scores"] for line in lines if "scores" in line), {})
-        return [Trained(config, size, curve, curve[-1][1] | {k: v for k, v in scores.items() if v is not None})]
+    return [Trained(config, size, curve, curve[-1][1] | scores)]
 
 
 def grouped(runs) -> tuple[list[str], dict[tuple, list[Trained]]]:
-    """Runs that differ only in their seed belong together -> the flags that tell groups apart, the groups by them."""
-    ignored = "seed", "out", "shards", "resume", "overwrite", "device", "workers"
-    flags = [flag for flag in dict.fromkeys(flag for run in runs for flag in run.config) if flag not in ignored
-             and len({str(run.config.get(flag)) for run in runs}) > 1]
+    """Runs that differ only in their seed are a group -> flags that tell groups apart, {values: runs}."""
+    ignored = "seed", "out", "shards", "resume", "overwrite", "device"
+    given = dict.fromkeys(flag for run in runs for flag in run.config if flag not in ignored)
+    flags = [flag for flag in given if len({str(run.config.get(flag)) for run in runs}) > 1]
     groups = defaultdict(list)
     for run in runs:
         groups[tuple(str(run.config.get(flag)) for flag in flags)].append(run)
     return flags, dict(sorted(groups.items(), key=lambda group: (group[1][0].size, group[0])))
-
-
-def fit_line(x, y):
-    """Least squares -> slope, R squared."""
-    return np.polyfit(x, y, 1)[0], np.corrcoef(x, y)[0, 1] ** 2
 
 
 def fit_power(x, y, floor=0.0):
@@ -87,25 +85,28 @@ def print_table(header, rows):
 
 def print_comparison(flags, groups, names):
     """A table with one line for each group."""
-    print_table([*flags, "parameters", "seeds", *names],
-                [[*key, f"{runs[0].size:,}", len(runs),
-                  *(mean_and_spread([run.results[name] for run in runs if name in run.results]) for name in names)]
-                 for key, runs in groups.items()])
+    rows = []
+    for key, runs in groups.items():
+        values = ([run.results[name] for run in runs if name in run.results] for name in names)
+        rows.append([*key, f"{runs[0].size:,}", len(runs), *map(mean_and_spread, values)])
+    print_table([*flags, "parameters", "seeds", *names], rows)
 
 
 def print_laws(groups, loss, score):
-    """How the loss follows from compute, if the sizes differ, and the score from the loss; each run is a point."""
+    """The loss as a power of compute, if the sizes differ, and the score as a line in the loss."""
     runs = [run for group in groups.values() for run in group if loss in run.results]
     if len({run.size for run in runs}) > 3:
-        ends = list(zip(*((run.curve[-1][0], run.results[loss]) for run in runs)))      # FLOPs, losses
+        ends = [run.curve[-1][0] for run in runs], [run.results[loss] for run in runs]      # FLOPs, losses
         power, r2 = fit_power(*ends)
         print(f"{loss} ~ FLOPs^{power:.3f} at the end of training (R squared {r2:.3f}, {len(runs)} runs)")
-        floor = max(np.linspace(0, min(ends[1]), 200, endpoint=False), key=lambda floor: fit_power(*ends, floor)[1])
+        floors = np.linspace(0, min(ends[1]), 200, endpoint=False)
+        floor = max(floors, key=lambda floor: fit_power(*ends, floor)[1])
         power, r2 = fit_power(*ends, floor)
-        print(f"{loss} ~ {floor:.3f} + a FLOPs^{power:.3f} with the floor that fits best (R squared {r2:.3f})")
+        law = f"{loss} ~ {floor:.3f} + a FLOPs^{power:.3f}"
+        print(f"{law} with the floor that fits best (R squared {r2:.3f})")
     scored = [(run.results[loss], run.results[score]) for run in runs if score in run.results]
     if len(scored) > 2:
-        slope, r2 = fit_line(*zip(*scored))
+        slope, r2 = np.polyfit(*zip(*scored), 1)[0], np.corrcoef(*zip(*scored))[0, 1] ** 2
         print(f"{score} ~ {slope:.3f} {loss} (R squared {r2:.3f}, {len(scored)} runs)")
 
 
@@ -114,7 +115,7 @@ def plot_comparison(flags, groups, loss, score, path):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError('--plot needs matplotlib, which is not installed: pip install -e ".[plot]"') from None
+        raise ValueError('--plot needs matplotlib: pip install -e ".[plot]"') from None
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for number, (key, runs) in enumerate(groups.items()):
@@ -123,9 +124,10 @@ def plot_comparison(flags, groups, loss, score, path):
         for run in runs:
             points = ((flops, losses[loss]) for flops, losses in run.curve if loss in losses)
             left.plot(*zip(*points), **look, alpha=0.7)
-        ends = [(run.results[loss], run.results[score]) for run in runs if loss in run.results and score in run.results]
-        right.plot(*(zip(*ends) if ends else ([], [])), **look, linestyle="", label=label)
-    left.set(xscale="log", yscale="log", ylabel=loss, xlabel="FLOPs of training (6 x parameters of blocks x tokens)")
+        ends = [run.results for run in runs if {loss, score} <= run.results.keys()]
+        right.plot([x[loss] for x in ends], [x[score] for x in ends], **look, linestyle="", label=label)
+    left.set(xscale="log", yscale="log", ylabel=loss)
+    left.set_xlabel("FLOPs of training (6 x parameters of blocks x tokens)")
     left.yaxis.set_major_formatter("{x:g}")
     left.yaxis.set_minor_formatter("{x:g}")
     left.xaxis.set_minor_formatter("")          # labels of both would overlap
@@ -144,19 +146,18 @@ def compare(paths, loss="val_t2i", score="t2i_exact", show=None, plot=None, save
     if plot:
         plot_comparison(flags, groups, loss, score, plot)
     if save:
-        kept = [run._asdict() | {"config": {flag: run.config.get(flag) for flag in (*flags, "seed")}} for run in runs]
+        kept = [run._asdict() for run in runs]
+        for run in kept:
+            run["config"] = {flag: run["config"].get(flag) for flag in (*flags, "seed")}
         data.write_atomically(save, lambda file: file.write(json.dumps(kept).encode()))
 
 
 def sweep(paths, option, values, n=200, plot=None, save=None):
-    """Score how runs draw n held-out scenes, and n with unseen combinations, under each value of a field of Sampling.
-
-    plot: a row of drawings for each value.
-    """
+    """Score drawings of n scenes, and of n with unseen combinations, for each value of an option."""
     if n < 1:
         raise ValueError(f"--n {n}: expected a number from 1")
     runs, values = [sample.load(path) for path in paths], values.split(",")
-    if any(run.config.get("data", "") is not None for run in runs):     # None: scenes; published weights have no "data"
+    if any("withheld" not in run.config or run.config["data"] for run in runs):
         raise ValueError(f"sweep {' '.join(paths)}: only runs of train.py on built-in scenes can be scored")
     base = runs[0].sampling
     if option in ("top_k", "top_p") and base.temperature == 0:
@@ -166,10 +167,10 @@ def sweep(paths, option, values, n=200, plot=None, save=None):
     except ValueError as error:
         raise ValueError(f"--values {','.join(values)}: {error}") from None
     if len({run.config["withheld"] for run in runs}) > 1:
-        raise ValueError(f"sweep {' '.join(paths)}: runs with different --withheld have seen different scenes")
+        raise ValueError(f"sweep {' '.join(paths)}: runs with different --withheld saw different scenes")
     splits = data.built_in(0, runs[0].side, runs[0].config["withheld"], train=1, val=n, unseen=n)
     scenes = {"t2i_exact": splits["val"].pictures, "t2i_unseen_combinations": splits["unseen"].pictures}
-    wanted = {name: ([p.captions[0] for p in pictures], [data.grade(p.open()) for p in pictures])
+    wanted = {name: ([p.captions[0] for p in pictures], [p.scene for p in pictures])
               for name, pictures in scenes.items() if pictures}
     rows, sheet = [], []
     for value, choice in zip(values, tqdm(choices, desc=option)):
@@ -181,7 +182,7 @@ def sweep(paths, option, values, n=200, plot=None, save=None):
             sheet += sample.text_to_image(runs[0], [max(wanted["t2i_exact"][0], key=len)] * 8, choice)
     print_table(rows[0], [[row[option], *(mean_and_spread(row[name]) for name in wanted)] for row in rows])
     if plot:
-        data.grid(sheet, 8).save(plot)
+        data.contact_sheet(sheet, 8).save(plot)
     if save:
         data.write_atomically(save, lambda file: file.write(json.dumps(rows).encode()))
 
@@ -201,7 +202,7 @@ def parser():
     p.add_argument("--option", choices=["guidance", "temperature", "top_k", "top_p"], default="guidance")
     p.add_argument("--values", required=True, metavar="X,Y", help="numbers between commas")
     p.add_argument("--n", type=int, default=200, help="held-out scenes")
-    p.add_argument("--plot", metavar="PNG", help="eight drawings of the longest prompt for each value, row by row")
+    p.add_argument("--plot", metavar="PNG", help="a row of drawings of the longest prompt for each value")
     p.add_argument("--save", metavar="JSON")
     return top
 

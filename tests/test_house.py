@@ -1,4 +1,4 @@
-"""The shape of the project: who imports whom, and commands in the README that exist."""
+"""The shape of the project: who imports whom, how long it is, and commands of its pages that exist."""
 
 import ast
 import re
@@ -13,7 +13,9 @@ import study
 import train
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path: path.read_text(encoding="utf-8") for path in
+         (ROOT / "README.md", ROOT / "assets" / "README.md", ROOT / "tests" / "README.md")}
+README, EVERY = PAGES[ROOT / "README.md"], "\n".join(PAGES.values())
 ARROWS = {"vqgan": set(), "model": set(), "data": set(), "sample": {"data", "vqgan", "model"},
           "train": {"data", "vqgan", "model", "sample"}}
 
@@ -43,9 +45,9 @@ def test_there_are_five_source_files_at_the_top():
 
 
 def commands(program):
-    """The arguments of each call of a program in the README, in blocks or within a line, with a loop's first values."""
-    blocks = re.findall(r"```\w*\n(.*?)```", README, re.DOTALL)
-    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    """The arguments of each call of a program in the pages, in blocks or within a line; a loop's first values."""
+    blocks = re.findall(r"```\w*\n(.*?)```", EVERY, re.DOTALL)
+    prose = re.sub(r"```.*?```", "", EVERY, flags=re.DOTALL)
     within = [" ".join(words.split()) for words in re.findall(r"`([^`]+)`", prose)]
     text = re.sub(r"#.*|\\\n|\"\$@\"", "", "\n".join(blocks + within))
     for name, value in re.findall(r"for (\w+) in ([^\s;]+)", text):
@@ -54,7 +56,7 @@ def commands(program):
     return [shlex.split(re.split("[;|]", line)[0]) for line in lines if line.strip() != "--help"]
 
 
-def test_every_training_command_of_the_readme_parses(tmp_path, monkeypatch):
+def test_every_training_command_parses(tmp_path, monkeypatch):
     """A flag that was renamed, or never was."""
     monkeypatch.chdir(tmp_path)
     calls = commands(r"(?:python|torchrun.*) train\.py|study(?= --)|vq(?= --)")
@@ -63,8 +65,16 @@ def test_every_training_command_of_the_readme_parses(tmp_path, monkeypatch):
         train.configure(argv)
 
 
+def test_every_flag_has_a_help_and_no_line_is_too_long():
+    """A flag that --help shows without a word, or lines that a projector cuts."""
+    assert all(action.help for action in train.parser()._actions)
+    for path in ROOT.glob("*.py"):
+        assert max(map(len, path.read_text(encoding="utf-8").splitlines())) <= 110, path
+    assert len(README.splitlines()) <= 260
+
+
 @pytest.mark.parametrize("program, parser", [("sample", sample.parser()), ("tests/study", study.parser())])
-def test_every_other_command_of_the_readme_parses(program, parser):
+def test_every_other_command_parses(program, parser):
     """A command that was renamed, or an argument that it does not take."""
     calls = commands(rf"(?:python|torchrun.*) {program}\.py")
     assert len(calls) >= 8
@@ -82,7 +92,7 @@ def test_the_tables_of_the_studies_follow_from_their_numbers(capsys, monkeypatch
     """A figure that was mistyped, or that is left over from an earlier run."""
     monkeypatch.setattr(study, "print_laws", lambda *_: None)       # the fits, which take seconds
     files = [p for p in (ROOT / "assets").glob("*.json") if '"config"' in p.read_text()]     # others are of sweep
-    tables = re.findall(r"^(\| .*\bseeds \| (.*) \|\n\| ---.*\n)((?:\|.*\n)+)", README, re.MULTILINE)
+    tables = re.findall(r"^(\| .*\bseeds \| (.*) \|\n\| ---.*\n)((?:\|.*\n)+)", EVERY, re.MULTILINE)
     assert len(tables) >= 7
     for head, names, rows in tables:
         for file in files:
@@ -90,14 +100,18 @@ def test_the_tables_of_the_studies_follow_from_their_numbers(capsys, monkeypatch
         assert head + rows in capsys.readouterr().out
 
 
-def test_every_link_of_the_readme_leads_somewhere():
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.parent.name)
+def test_every_link_leads_somewhere(page):
     """A picture that was renamed, or a heading that was reworded."""
-    headings = re.findall(r"^#+ (.*)", README, re.MULTILINE)
-    anchors = {"#" + re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
-    links = re.findall(r"\]\(([^)]+)\)", README)
+    def anchors(path):
+        headings = re.findall(r"^#+ (.*)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    links = re.findall(r"\]\(([^)]+)\)", PAGES[page])
     assert links
     for link in links:
-        assert link.startswith("https://") or link in anchors or (ROOT / link).is_file(), link
+        name, _, anchor = link.partition("#")
+        path = page.parent / name if name else page
+        assert link.startswith("https://") or path.is_file() and (not anchor or anchor in anchors(path)), link
 
 
 def test_ci_runs_the_commands_of_the_readme():
