@@ -242,6 +242,8 @@ def load_liquid(folder, vqgan, device, dtype) -> Run:
 def export(run, folder):
     """Write a Hugging Face folder, which `--run` opens, too."""
     folder, source = Path(folder), run.config.get("init")
+    if (folder / "model.pt").exists() or source and folder.resolve() == Path(source).resolve():
+        raise ValueError(f"{folder}: holds a run, or the model of --init, which an export would overwrite")
     if source:
         run.model.save_pretrained(folder)
         patterns = "tokenizer* special_tokens* generation_config* chat_template* vocab.json merges.txt"

@@ -1,5 +1,6 @@
 """Many processes make what one makes: gradients, runs, checkpoints, drawings; and the memory they need."""
 
+import gc
 import json
 import os
 import shutil
@@ -30,7 +31,8 @@ def start(rank, function, args):
     dist.init_process_group("gloo", init_method=f"file://{args[0]}/meeting", rank=rank, world_size=2)
     data.built_in = few_scenes
     function(train.start_process("cpu", train.Stop()), *args)
-    dist.barrier()      # as train.py does: gloo aborts a process that ends while the other works
+    dist.barrier()
+    gc.collect()        # models in cycles keep the group: gloo's threads would abort a process that ends
     dist.destroy_process_group()
     (args[0] / "meeting").unlink(missing_ok=True)
 
