@@ -121,32 +121,19 @@ def test_asked_to_stop_a_run_ends_its_step_and_saves(few, whole, tmp_path, monke
     same_run(whole, tmp_path)
 
 
-@pytest.mark.parametrize("name, following", [("vqgan.pt", "encode_pictures"), ("model.pt", "sample.score")])
-def test_asked_to_stop_in_the_last_save_nothing_more_is_begun(few, tmp_path, monkeypatch, name, following):
-    """A signal is forgotten: another act, or all scores, and an exit code of success."""
+@pytest.mark.parametrize("name, shards", [("vqgan.pt", 0), ("train-00000.pt", 1), ("model.pt", 3)])
+def test_asked_to_stop_while_saving_nothing_more_is_begun(few, whole, tmp_path, monkeypatch, name, shards):
+    """A signal in the last save is forgotten: another act, all shards, or all scores follow, and success."""
     save = data.save_atomically
 
     def asked(value, path):
         save(value, path)
-        if path.name == name and value["step"] >= 5:
+        if path.name == name and value.get("step", 5) >= 5:
             os.kill(os.getpid(), TERM)
-    monkeypatch.setattr(data, "save_atomically", asked)
-    monkeypatch.setattr(f"train.{following}", None)
-    assert end(*flags(tmp_path, eval_n=2)) == "143"
-
-
-def test_asked_to_stop_while_encoding_no_shard_is_lost(few, whole, tmp_path, monkeypatch):
-    """Hours of encoding begin anew, or half of the shards is taken for all of them."""
-    write = data.write_shard
-
-    def asked(path, *rest):
-        if "val" in path.name:
-            os.kill(os.getpid(), TERM)
-        write(path, *rest)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "write_shard", asked)
-        assert end(*flags(tmp_path)) == "143"
-    assert [file.name for file in (tmp_path / "codes").iterdir()] == ["train-00000.pt"]
+        patch.setattr(data, "save_atomically", asked)
+        assert end(*flags(tmp_path, eval_n=2)) == "143"
+    assert len(list(tmp_path.glob("codes/*"))) == shards and log_of(tmp_path)[-1]["act"] < 4
     run(tmp_path, resume=True)
     same_run(whole, tmp_path)
 

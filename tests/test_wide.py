@@ -37,7 +37,7 @@ def start(rank, function, args):
     (args[0] / "meeting").unlink(missing_ok=True)
 
 
-def two_processes(function, *args, seconds=60):
+def two_processes(function, *args, seconds=120):
     """function(process, *args) in two processes, whose first argument is a folder; they must end in time."""
     context = torch.multiprocessing.spawn(start, (function, args), 2, join=False)
     until = time.time() + seconds
