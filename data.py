@@ -55,6 +55,11 @@ class Vocab:
         return 1 + max(self.image_start + self.image_size - 1, self.boi, self.eoi, self.uncond, self.eol)
 
     @property
+    def new_rows(self) -> int:
+        """Rows behind the words: of codes and marks."""
+        return self.size - self.image_start
+
+    @property
     def image_rows(self) -> tuple[int, int]:
         """(first, past the last)"""
         return self.image_start, self.image_start + self.image_size

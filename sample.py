@@ -213,7 +213,7 @@ def load(run, vqgan=None, device="auto", dtype=torch.float32) -> Run:
         layout = json.loads(data.read_utf8(file)) if exported else read_model(file)
         vocab, tokenizer = data.Vocab(**layout["vocab"]), data.load_tokenizer(layout["tokenizer"])
         if exported:
-            model = Transformer.from_pretrained(folder, dtype, device, vocab.size - vocab.image_start)
+            model = Transformer.from_pretrained(folder, dtype, device, vocab.new_rows)
         else:
             with torch.device("meta"):          # random weights of a 7B would take minutes
                 model = Transformer(ModelConfig(**layout["model_config"]))

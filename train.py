@@ -264,8 +264,7 @@ def start_codebook(model, pictures, cfg, process):
     vectors = [model.quantize.vectors(model.latents(to_float(pixels, process.device)))
                for pixels, _ in batches if pixels is not None]
     centres = kmeans(torch.cat(vectors), cfg.codes, generator=seeded(cfg.seed, 0))
-    centres = process.sum(centres * process.is_main)        # rank 0's, to the bit
-    model.quantize.replace(torch.arange(cfg.codes, device=process.device), centres)
+    model.quantize.replace(torch.arange(cfg.codes, device=process.device), process.broadcast(centres))
 
 
 @torch.no_grad()
@@ -276,7 +275,8 @@ def restart_codes(model, pixels, dead, generator, process):
     if len(dead):
         vectors = model.quantize.vectors(model.latents(pixels))
         far = sample_far(vectors, model.quantize.codebook(), len(dead), generator)
-        model.quantize.replace(dead, process.sum(far * process.is_main))
+        # Summed on each rank, rounding would differ and the codebooks drift apart.
+        model.quantize.replace(dead, process.broadcast(far))
 
 
 def report_usage(counts, process, log, step, last):
@@ -454,16 +454,15 @@ def text_vocabulary(cfg, train, codes):
 
 
 def build_model(cfg, vocab, codebook) -> Transformer:
-    new_rows = vocab.size - vocab.image_start
     if cfg.init:
         model = Transformer.from_pretrained(data.fetch(cfg.init))
-        model.extend_vocab(new_rows, seeded(cfg.seed, 0))
+        model.extend_vocab(vocab.new_rows, seeded(cfg.seed, 0))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(cfg.train == "all" or "image_rows" in name)
         return model
     shape = tuple(codebook.shape) if cfg.image_rows == "codebook" else None
     model = Transformer(ModelConfig(
-        vocab_size=vocab.image_start, image_rows=new_rows, codebook=shape, hidden_size=cfg.hidden_size,
+        vocab_size=vocab.image_start, image_rows=vocab.new_rows, codebook=shape, hidden_size=cfg.hidden_size,
         intermediate_size=3 * cfg.hidden_size, num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads,
         num_key_value_heads=cfg.heads, head_dim=cfg.hidden_size // cfg.heads,
         max_position_embeddings=cfg.context))
@@ -473,8 +472,10 @@ def build_model(cfg, vocab, codebook) -> Transformer:
 
 
 def perturb(codebook, noise, codes, generator):
-    """Codes (h, w) -> those nearest to their vectors plus noise, so that codes that look alike are learned
-    together; in standard deviations. RQ-Transformer (arXiv 2203.01941) samples its training codes, too."""
+    """Codes (h, w) -> the codes nearest to their vectors plus noise: similar codes are learned together.
+
+    noise: in standard deviations. RQ-Transformer (arXiv 2203.01941) samples its training codes, too.
+    """
     vectors = codebook[codes.flatten()]                             # (h * w, e)
     vectors = vectors + noise * codebook.std(0) * torch.randn(vectors.shape, generator=generator)
     return nearest(vectors, codebook).view(codes.shape)
@@ -769,11 +770,18 @@ class Process:
             dist.all_reduce(tensor)
         return tensor
 
+    def broadcast(self, tensor):
+        """In place, from rank 0."""
+        if self.world > 1:
+            dist.broadcast(tensor, 0)
+        return tensor
+
     def asked_to_stop(self) -> int:
         """The signal that a process got, or 0."""
+        if self.world == 1:
+            return self.stop.asked
         asked = torch.tensor(self.stop.asked, device=self.device)
-        if self.world > 1:
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
         return asked.item()
 
     def autocast(self, wanted=True):
@@ -891,7 +899,7 @@ def start_run(cfg, ready, process) -> Log:
     out = Path(cfg.out)
     process.wait()                      # until all have looked for an earlier run
     if process.is_main:
-        if cfg.overwrite:
+        if cfg.overwrite and not cfg.resume:
             for file in [file for pattern in OURS + REST for file in out.glob(pattern)]:
                 file.unlink()
         (out / "samples").mkdir(parents=True, exist_ok=True)
