@@ -28,8 +28,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-# -----------------------------------------------------------------------------------------------------------
-# Vocabulary: which row of the table means what
+# ---- Vocabulary: which row of the table means what --------------------------------------------------------
 
 @dataclass(frozen=True)
 class Vocab:
@@ -80,9 +79,8 @@ class Vocab:
         return x + offset
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Templates: parts, each given or learned -> (ids, targets). Without its answer, an example is the prompt of
-# sampling. targets[t] is the id to predict after ids[..t], or IGNORE where nothing is learned.
+# ---- Templates: parts, each given or learned -> (ids, targets) --------------------------------------------
+# Without its answer, an example is the prompt of sampling. targets[t] is the id to predict after ids[..t].
 
 IGNORE = -100
 TASKS = ("t2i", "i2t", "vqa", "text")
@@ -147,8 +145,7 @@ def render_text(vocab, tokenizer, text, ended=True):
     return sequence(vocab, tokenizer, ([vocab.bos], False), (text, True), (end, True))
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Text tokenizers
+# ---- Text tokenizers --------------------------------------------------------------------------------------
 
 class Chat(NamedTuple):
     """The marks of a dialogue: opening QUESTION reply lead ANSWER end, then again QUESTION reply ..."""
@@ -293,8 +290,7 @@ def fetch(name) -> Path:
         return Path(extra("huggingface_hub").snapshot_download(str(name), allow_patterns=patterns))
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Pictures: file -> image -> pixels, and back
+# ---- Pictures: file -> image -> pixels, and back ----------------------------------------------------------
 
 GRAY = (122, 116, 104)      # what Liquid pads with
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF")  # never EPS, which runs Ghostscript
@@ -381,9 +377,8 @@ def ahead(function, items, threads=1):
         pool.shutdown(cancel_futures=True)      # and waits: a thread inside torch aborts an exit
 
 
-# -----------------------------------------------------------------------------------------------------------
-# The built-in scenes: one to three objects, each in its own quarter. grade inverts draw, read_description
-# inverts describe; they score what a model draws and says.
+# ---- The built-in scenes: one to three objects, each in its own quarter -----------------------------------
+# grade inverts draw, read_description inverts describe; they score what a model draws and says.
 
 SIZES = {"small": 0.32, "large": 0.47}      # radius, in sides of the quarter
 COLORS = {"red": (222, 56, 49), "orange": (245, 140, 34), "yellow": (250, 214, 50),
@@ -540,8 +535,7 @@ def statement(rng: random.Random, withheld=WITHHELD) -> str:
         f"If a picture shows one {color} {shape} and nothing else, it shows one shape."])
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Sources: where pictures and texts come from
+# ---- Sources: where pictures and texts come from ----------------------------------------------------------
 
 @dataclass
 class Picture:
@@ -739,8 +733,7 @@ def tasks_of(split) -> dict[str, list]:
     return {"t2i": captioned, "i2t": captioned, "vqa": asked, "text": split.texts}
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Shards: encoded pictures, which stay on the disk until each is asked for
+# ---- Shards: encoded pictures, which stay on the disk until each is asked for -----------------------------
 
 FORMAT = "nanoLiquid codes 3"
 
@@ -793,8 +786,7 @@ class Encoded:
         return Encoded(self.shards, None if flags.all() else np.flatnonzero(flags).astype(np.int32))
 
 
-# -----------------------------------------------------------------------------------------------------------
-# The loader: an endless, mixed, packed stream for each row of the batch
+# ---- The loader: an endless, mixed, packed stream for each row of the batch -------------------------------
 
 class Batch(NamedTuple):
     """Whole examples side by side in each row; none sees its neighbours."""
@@ -912,8 +904,7 @@ class Loader:
         return Batch(*map(torch.from_numpy, planes))
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Files
+# ---- Files ------------------------------------------------------------------------------------------------
 
 def extra(name):
     try:

@@ -241,8 +241,7 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-# -----------------------------------------------------------------------------------------------------------
-# The extended table, the paper's one move: rows for image codes behind those of a language model's words
+# ---- The extended table, the paper's one move: rows for image codes behind those of words -----------------
 
 class ImageRows(nn.Module):
     """One row for each code, then one for each mark -> (image_rows, D).
@@ -305,8 +304,7 @@ class Table(nn.Module):
         return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# The loss
+# ---- The loss ---------------------------------------------------------------------------------------------
 
 class NLL(torch.autograd.Function):
     """-log softmax(x table^T)[target]: x (N, D), targets (N,), parts of the table (V_i, D) -> (N,) float32.
@@ -352,8 +350,7 @@ class NLL(torch.autograd.Function):
         return dx.mul_(scale), None, None, None, *(d if d is None else d.mul_(scale) for d in dparts)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# The whole
+# ---- The whole --------------------------------------------------------------------------------------------
 
 class Backbone(nn.Module):
     """Everything but the head."""
@@ -501,8 +498,7 @@ class Transformer(nn.Module):
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Files of published models, read by the libraries that wrote them
+# ---- Files of published models, read by the libraries that wrote them -------------------------------------
 
 def pretrained_extra(name):
     try:

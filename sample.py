@@ -32,8 +32,7 @@ import data
 from model import Cache, ModelConfig, Transformer
 from vqgan import VQGAN, read_checkpoint
 
-# -----------------------------------------------------------------------------------------------------------
-# Choosing tokens
+# ---- Choosing tokens --------------------------------------------------------------------------------------
 
 def guide(logits, scale):
     """Classifier-free guidance (arXiv 2207.12598): logits (2B, V) of prompts, then negatives -> (B, V)."""
@@ -59,8 +58,7 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     return order.gather(-1, chosen)[:, 0]
 
 
-# -----------------------------------------------------------------------------------------------------------
-# The one decode loop
+# ---- The one decode loop ----------------------------------------------------------------------------------
 
 def prefill(model, prompts, room, compile=False):
     """Read prompts (lists of ids) -> cache with room for more, x (B, D) of their last ids."""
@@ -125,8 +123,7 @@ def generate(model, prompts, n, allowed=None, negatives=None, guidance=1.0, temp
     return out
 
 
-# -----------------------------------------------------------------------------------------------------------
-# A trained run
+# ---- A trained run ----------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Sampling:
@@ -261,8 +258,7 @@ def export(run, folder):
     (folder / LAYOUT).write_text(json.dumps(layout))
 
 
-# -----------------------------------------------------------------------------------------------------------
-# The tasks
+# ---- The tasks --------------------------------------------------------------------------------------------
 
 def in_batches(run, prompts, n, allowed, s, numbers=None, negative=None, stop=None):
     """Yield the ids (B, n) that generate returns for s.batch prompts at a time."""
@@ -331,8 +327,7 @@ def complete(run, texts, sampling=None, n=60):
     return write(run, prompts, n, sampling)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Scores
+# ---- Scores -----------------------------------------------------------------------------------------------
 
 def mean(values):
     values = [float(v) for v in values]
@@ -417,8 +412,7 @@ def print_scores(scores):
     print(json.dumps({name: round(v, 4) if isinstance(v, float) else v for name, v in scores.items()}))
 
 
-# -----------------------------------------------------------------------------------------------------------
-# The command line
+# ---- The command line -------------------------------------------------------------------------------------
 
 def draw_all(run, file, folder):
     """Draw the lines of a file into folder/00000.png, ...; torchrun's processes share them."""

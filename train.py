@@ -146,8 +146,7 @@ def train(cfg: Config, stop=None):
     return scores
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Act 1: the tokenizer
+# ---- Act 1: the tokenizer ---------------------------------------------------------------------------------
 
 VQ_LR, VQ_LR_ADAM = 0.03, 2e-3      # Muon for kernels, AdamW for the rest
 CONTINUOUS = 0.04                   # share of the steps before k-means makes the codebook
@@ -307,8 +306,7 @@ def save_reconstructions(cfg, vqgan, split):
         sheet.save(Path(cfg.out) / "samples" / "reconstructions.png")
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Act 2: the codes
+# ---- Act 2: the codes -------------------------------------------------------------------------------------
 
 SHARD = 4096    # pictures of a file
 
@@ -364,8 +362,7 @@ def encode_shard(cfg, vqgan, pictures, path, shard_print, device):
     data.write_shard(path, done, shard_print, skipped)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Act 3: the transformer
+# ---- Act 3: the transformer -------------------------------------------------------------------------------
 
 def train_transformer(cfg, splits, vqgan, process, log):
     """Act 3 -> RUN/model.pt: one next-token loss for all tasks."""
@@ -523,8 +520,7 @@ def validate_and_draw(cfg, run, held_out, step, process, log):
     process.print(f"step {step}: held-out loss", *(f"{task} {loss:.3f}" for task, loss in losses.items()))
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Optimizers and their schedule
+# ---- Optimizers and their schedule ------------------------------------------------------------------------
 
 def schedule(step, steps, decay=1.0, warmup=0.03):
     """Factor of the rate: up over the share `warmup`, then 1, then a cosine to 0 over the share `decay`."""
@@ -600,8 +596,7 @@ def step_all(optimizers, factor):
         optimizer.zero_grad(set_to_none=True)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Several devices: what wraps the model, which knows nothing of it
+# ---- Several devices: what wraps the model, which knows nothing of it -------------------------------------
 
 def parallel(model, process, compile=False, checkpointing=False, shard=False):
     """-> the model to call: checkpointed, compiled, then DDP or FSDP2, which average gradients."""
@@ -646,8 +641,7 @@ def unshard(x):
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Checkpoints and the log
+# ---- Checkpoints and the log ------------------------------------------------------------------------------
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -709,8 +703,7 @@ def require_finite(act, step, path, values):
     require(not wrong, f"act {act}, step {step}: {', '.join(wrong)} not finite; {good}")
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Processes and signals
+# ---- Processes and signals --------------------------------------------------------------------------------
 
 class Stopped(Exception):
     """(number of the signal, what is safe)"""
@@ -813,8 +806,7 @@ def to_float(pixels, device):
     return pixels.to(device).float() / 127.5 - 1        # uint8 -> [-1, 1]
 
 
-# -----------------------------------------------------------------------------------------------------------
-# The command line
+# ---- The command line -------------------------------------------------------------------------------------
 
 CHOICES = {"preset": PRESETS, "train": ("all", "rows"), "optimizer": ("muon", "adamw"),
            "image_rows": ("free", "codebook")}

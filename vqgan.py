@@ -46,8 +46,7 @@ class VQGANConfig:
         return self.patch * 2 ** (len(self.ch_mult) - 1)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Blocks
+# ---- Blocks -----------------------------------------------------------------------------------------------
 
 def norm(channels):
     return nn.GroupNorm(32, channels, eps=1e-6)
@@ -157,8 +156,7 @@ class Decoder(nn.Module):
         return F.pixel_shuffle(x, self.patch)                       # (B, 3, H, W)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# The quantizer
+# ---- The quantizer ----------------------------------------------------------------------------------------
 
 def nearest(vectors, centres):
     """Vectors (N, e), centres (k, e) -> the nearest centre's number (N,)."""
@@ -232,8 +230,7 @@ def kmeans(vectors, k, steps=10, generator=None):
     return centres
 
 
-# -----------------------------------------------------------------------------------------------------------
-# The whole
+# ---- The whole --------------------------------------------------------------------------------------------
 
 class Output(NamedTuple):
     pixels: torch.Tensor            # (B, 3, H, W), the reconstruction
@@ -309,8 +306,7 @@ class VQGAN(nn.Module):
         return model.float().to(device).eval()
 
 
-# -----------------------------------------------------------------------------------------------------------
-# The adversary, which makes large pictures sharp
+# ---- The adversary, which makes large pictures sharp ------------------------------------------------------
 
 class Discriminator(nn.Module):
     """PatchGAN (Isola et al. 2017): a logit for each patch, higher for real ones."""
@@ -348,8 +344,7 @@ def adaptive_weight(reconstruction, adversarial, last_layer, ceiling=1e4):
     return (g_rec.norm() / (g_adv.norm() + 1e-4)).clamp(0, ceiling).detach()
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Checkpoint files
+# ---- Checkpoint files -------------------------------------------------------------------------------------
 
 class LightningStub:
     """Stands in for a class of PyTorch Lightning, a key in taming's .ckpt files."""
