@@ -797,7 +797,12 @@ class Batch(NamedTuple):
     tasks: torch.Tensor         # (R, T) int64, index into TASKS, -1 in padding
 
     def to(self, device):
-        return Batch(*(x.to(device) for x in self))
+        return Batch(*(to_device(x, device) for x in self))
+
+
+def to_device(x, device):
+    """To a GPU from pinned memory, which needs no wait."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def shuffled(place, n, key) -> int:

@@ -424,19 +424,24 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self):
-        return self.model.norm.weight.dtype
+        """Of keys and values."""
+        kind, own = self.device.type, self.model.norm.weight.dtype
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else own
 
     def logits(self, x, rows=None):
         """x (..., D) -> float32 logits (..., V), or those of rows (first, past_last) alone."""
         z, cap = self.tables[-1].logits(x, rows).float(), self.config.final_logit_softcapping
         return z if cap is None else cap * torch.tanh(z / cap)      # Gemma 2
 
-    def forward(self, ids, targets=None, positions=None, documents=None, cache=None, z_loss=0.0):
-        """ids (B, T) -> logits (B, T, V); with targets (B, T) -> nll (B, T) float32, 0 where one is -100."""
+    def forward(self, ids, targets=None, positions=None, documents=None, cache=None, z_loss=0.0, where=None):
+        """ids (B, T) -> logits (B, T, V); with targets (B, T) -> nll (B, T) float32, 0 where one is -100.
+
+        where (N,): places of the targets among B * T; without them, a GPU must be waited for.
+        """
         x = self.model(ids, positions, documents, cache)            # (B, T, D)
         if targets is None:
             return self.logits(x)
-        where = (targets != -100).flatten().nonzero()[:, 0]         # (N,)
+        where = (targets != -100).flatten().nonzero()[:, 0] if where is None else where     # (N,)
         x, parts = x.flatten(0, 1)[where], self.tables[-1].parts()
         if torch.is_autocast_enabled(ids.device.type):              # in backward, types must agree
             x, *parts = (y.to(torch.get_autocast_dtype(ids.device.type)) for y in (x, *parts))
@@ -472,7 +477,9 @@ class Transformer(nn.Module):
         config = read_config(folder)
         with torch.device("meta"):
             model = cls(config).to(dtype)
-        read_weights(model.to_empty(device=device), folder)
+        model.to_empty(device=device)
+        if device != "meta":                # where weights have a shape and no values
+            read_weights(model, folder)
         if image_rows:
             words = config.vocab_size - image_rows
             model.config = model.model.config = replace(config, vocab_size=words, image_rows=image_rows)

@@ -195,9 +195,10 @@ def read_model(path) -> dict:
     return checkpoint
 
 
-def load(run, vqgan=None, device="auto", dtype=torch.float32) -> Run:
-    """Open a run folder, an export, or Liquid's own folder; ValueError if something is missing."""
+def load(run, vqgan=None, device="auto", dtype=None) -> Run:
+    """Open a run folder, an export, or Liquid's own folder; dtype None: bf16 on CUDA, else float32."""
     folder, device = Path(run), choose_device(device)
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     file, vqgan_path = folder / "model.pt", vqgan or folder / "vqgan.pt"
     if exported := not file.exists():
         if not any(folder.glob("model*.safetensors")):
@@ -260,19 +261,29 @@ def export(run, folder):
 
 # ---- The tasks --------------------------------------------------------------------------------------------
 
+def rows_within(budget, config, slots, itemsize) -> int:
+    """How many rows have keys and values of at most `budget` bytes."""
+    slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
+    return budget // (slot * slots)
+
+
 def in_batches(run, prompts, n, allowed, s, numbers=None, negative=None, stop=None):
-    """Yield the ids (B, n) that generate returns for s.batch prompts at a time."""
+    """Yield the ids (B, n) that generate returns for s.batch prompts at a time, or as many as fit."""
     longest, most = max(map(len, prompts), default=0), run.model.config.max_position_embeddings
     if longest + n > most:
         raise ValueError(f"a prompt of {longest} tokens is too long: {n} more, and the model reads {most}")
-    numbers = numbers or range(len(prompts))
-    for i in range(0, len(prompts), s.batch):
-        part = prompts[i:i + s.batch]
+    numbers, model = numbers or range(len(prompts)), run.model
+    gpu = torch.cuda.get_device_properties(model.device) if model.device.type == "cuda" else None
+    budget = gpu.total_memory // 4 if gpu else 2 ** 33
+    most = rows_within(budget, model.config, longest + n, model.dtype.itemsize)
+    size = max(1, min(s.batch, most // 2 if negative else most))
+    for i in range(0, len(prompts), size):
+        part = prompts[i:i + size]
         # An odd factor keeps seeds apart in the 32 bits that CPUs use.
-        seeds = [s.seed * 1_000_003 + number for number in numbers[i:i + s.batch]]
-        yield generate(run.model, part, n, allowed, negative and [negative] * len(part), s.guidance,
+        seeds = [s.seed * 1_000_003 + number for number in numbers[i:i + size]]
+        yield generate(model, part, n, allowed, negative and [negative] * len(part), s.guidance,
                        s.temperature, s.top_k, s.top_p, stop,
-                       [torch.Generator(run.model.device).manual_seed(seed) for seed in seeds], run.compile)
+                       [torch.Generator(model.device).manual_seed(seed) for seed in seeds], run.compile)
 
 
 def text_to_image(run, prompts, sampling=None, numbers=None):
@@ -432,7 +443,7 @@ def parser():
     common.add_argument("--run", default="runs/demo", help="a run folder")
     common.add_argument("--vqgan", help="its VQGAN, if elsewhere")
     common.add_argument("--device", default="auto")
-    common.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights")
+    common.add_argument("--dtype", choices=["fp32", "bf16"], help="of the weights; bf16 on CUDA")
     common.add_argument("--compile", action="store_true", help="the decode step")
     common.add_argument("--n", type=int, help="tokens of text (80), or examples of eval (200)")
     for name, default in vars(Sampling()).items():
@@ -462,7 +473,8 @@ def main(argv=None):
             raise ValueError(f"--n {args.n}: expected a number from 1")
         if args.command == "t2i" and not (args.prompt or args.prompts):
             raise ValueError("t2i needs a prompt, or --prompts FILE")
-        dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+        name = "fp32" if args.command == "export" else None         # an export is exact
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.dtype or name)
         run = load(args.run, args.vqgan, args.device, dtype)
         given = {k: v for k in vars(run.sampling) if (v := getattr(args, k)) is not None}
         run = replace(run, sampling=replace(run.sampling, **given), compile=args.compile)

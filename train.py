@@ -26,11 +26,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import MethodType
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state_dict, set_model_state_dict,
+                                                     set_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -161,6 +163,8 @@ def train_tokenizer(cfg, vq_config, splits, process, log):
     # Networks and optimizers:
     torch.manual_seed(cfg.seed)
     model, discriminator = VQGAN(vq_config).to(process.device), None
+    if process.device.type == "cuda":       # its tensor cores take channels last
+        model.to(memory_format=torch.channels_last)
     kernels = [p for p in model.parameters() if p.ndim == 4]
     networks = {"model": (model, make_optimizers(kernels, model.named_parameters(), VQ_LR, VQ_LR_ADAM))}
     if cfg.adversarial:     # with taming's betas, at a constant rate
@@ -175,10 +179,8 @@ def train_tokenizer(cfg, vq_config, splits, process, log):
         start = restore(saved, path, networks)
         counts = saved["counts"].to(process.device)
     log.rewind(1, start)
-    if cfg.compile:
-        for block in model.modules():
-            if isinstance(block, ResnetBlock):
-                block.compile()
+    blocks = [block for block in model.modules() if isinstance(block, ResnetBlock)]
+    prepare(blocks, cfg.compile, cfg.checkpointing)
 
     # The loop; seed and step choose the pictures:
     def chosen(step):
@@ -230,7 +232,8 @@ def train_tokenizer(cfg, vq_config, splits, process, log):
 
 def tokenizer_step(model, pixels, quantize, perceptual, adversary, adversarial, process):
     """Gradients of all losses, summed here: DDP forbids adaptive_weight's autograd.grad -> output, loss."""
-    out = model(pixels, quantize)
+    with process.autocast():
+        out = model(pixels, quantize)
     error = out.pixels - pixels
     reconstruction = error.abs().mean() + error.square().mean()
     if perceptual:
@@ -248,7 +251,7 @@ def tokenizer_step(model, pixels, quantize, perceptual, adversary, adversarial, 
         (discriminator_loss(adversary, pixels, out.pixels) / process.world).backward()
     if process.world > 1:
         gradients = [p.grad for network in (model, adversary) if network for p in network.parameters()]
-        whole = process.sum(nn.utils.parameters_to_vector(gradients))       # one message
+        whole = process.sum(torch.cat([g.flatten() for g in gradients]))    # one message
         nn.utils.vector_to_parameters(whole, gradients)
     return out, loss.detach()
 
@@ -377,7 +380,7 @@ def train_transformer(cfg, splits, vqgan, process, log):
     else:
         tokenizer, vocab = text_vocabulary(cfg, splits["train"], vqgan.config.n_embed)
     codebook = vqgan.quantize.codebook().detach()
-    model = build_model(cfg, vocab, codebook)
+    model = build_model(cfg, vocab, codebook, process.is_main)
     wrapped = parallel(model, process, cfg.compile, cfg.checkpointing, cfg.shard)
     matrices = []
     if cfg.optimizer == "muon":     # not for tables, of which a batch looks up a few rows
@@ -402,9 +405,9 @@ def train_transformer(cfg, splits, vqgan, process, log):
     bar, since = process.bar(range(start, cfg.steps), "3 transformer", start, cfg.steps), time.perf_counter()
     for step, (batch, states) in zip(bar, data.ahead(lambda _: loader.next(), range(start, cfg.steps))):
         # Learn; AdamW's rate falls from the start, as in the paper:
-        done, batch = step + 1, batch.to(process.device)
-        sums, counts = forward_backward(wrapped, batch, cfg.accumulate, cfg.z_loss, process)
-        norm = unshard(nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
+        done, totals = step + 1, forward_backward(wrapped, batch, cfg.accumulate, cfg.z_loss, process)
+        norm = unshard(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        (sums, counts), norm = totals.tolist(), norm.item()         # a step's one wait for the GPU
         losses = {task: s / c for task, s, c in zip(data.TASKS, sums, counts) if c}
         require_finite(3, done, path, losses | {"the gradient": norm})
         step_all(optimizers, schedule(step, cfg.steps, decay=0.7 if cfg.optimizer == "muon" else 1.0))
@@ -422,9 +425,7 @@ def train_transformer(cfg, splits, vqgan, process, log):
             since += time.perf_counter() - paused
         asked = process.asked_to_stop()
         if done % cfg.save_every == 0 or done == cfg.steps or asked:
-            every = [states] * process.world        # of the loaders of all processes
-            if process.world > 1:
-                dist.all_gather_object(every, states)
+            every = process.gather(states)          # of all loaders
             save_checkpoint(path, process, {"model": (model, optimizers)}, format=sample.FORMAT, step=done,
                             config=asdict(cfg), model_config=asdict(model.config), vocab=asdict(vocab),
                             tokenizer=tokenizer.state(), data=dict(ChainMap(*every)), grid=grid,
@@ -450,9 +451,10 @@ def text_vocabulary(cfg, train, codes):
     return tokenizer, tokenizer.vocab(codes)
 
 
-def build_model(cfg, vocab, codebook) -> Transformer:
+def build_model(cfg, vocab, codebook, is_main=True) -> Transformer:
+    """With --init, rank 0 alone reads; the others' weights have no data before `parallel`."""
     if cfg.init:
-        model = Transformer.from_pretrained(data.fetch(cfg.init))
+        model = Transformer.from_pretrained(data.fetch(cfg.init), device="cpu" if is_main else "meta")
         model.extend_vocab(vocab.new_rows, seeded(cfg.seed, 0))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(cfg.train == "all" or "image_rows" in name)
@@ -479,20 +481,22 @@ def perturb(codebook, noise, codes, generator):
 
 
 def forward_backward(model, batch, parts, z_loss, process):
-    """Gradients of a batch, in parts -> summed losses and numbers of targets by task, over all ranks."""
-    totals = torch.zeros(2, len(data.TASKS), device=process.device)
+    """Gradients of a batch, in parts -> (2, tasks): summed losses and numbers of targets, over all ranks."""
+    # The batch is on the CPU: to find the targets on a GPU, one would wait for it.
+    counts = batch.tasks[batch.targets != data.IGNORE].bincount(minlength=len(data.TASKS))
+    totals = torch.stack([torch.zeros_like(counts), counts]).float().to(process.device)
     # In a mean of means, a caption's 20 targets would weigh as much as a drawing's 1024.
-    number = process.sum((batch.targets != data.IGNORE).sum())
+    number = process.sum(totals[1].sum())
     for part in range(parts):
-        ids, targets, positions, documents, tasks = (x.chunk(parts)[part] for x in batch)
+        some = data.Batch(*(x.chunk(parts)[part] for x in batch))
+        where = (some.targets != data.IGNORE).flatten().nonzero()[:, 0]
+        where, some = data.to_device(where, process.device), some.to(process.device)
         model.require_backward_grad_sync = part == parts - 1        # as DDP's no_sync does
         with process.autocast():
-            nll = model(ids, targets, positions, documents, z_loss=z_loss)
+            nll = model(some.ids, some.targets, some.positions, some.documents, z_loss=z_loss, where=where)
         (nll.sum() * process.world / number).backward()             # averaged over the processes: a sum
-        where = targets != data.IGNORE
-        totals[0].index_add_(0, tasks[where], nll.detach()[where])
-        totals[1] += tasks[where].bincount(minlength=len(data.TASKS))
-    return process.sum(totals).tolist()
+        totals[0].index_add_(0, some.tasks.flatten()[where], nll.detach().flatten()[where])
+    return process.sum(totals)
 
 
 @torch.compiler.set_stance("force_eager")
@@ -500,7 +504,7 @@ def validate_and_draw(cfg, run, held_out, step, process, log):
     """Held-out losses to the log, drawings to RUN/samples."""
     run.model.eval()
     losses, common = {}, (run.vocab, run.tokenizer)
-    with unsharded(run.model), process.autocast(cfg.shard and process.world > 1):       # gathered in bf16
+    with unsharded(run.model), process.autocast():
         for task, items in held_out.items():
             if len(items):
                 loader = data.Loader({task: items}, {task: 1}, *common, 1, cfg.context, uncond=0.0)
@@ -512,9 +516,11 @@ def validate_and_draw(cfg, run, held_out, step, process, log):
         pictures, room = held_out["t2i"], cfg.context - math.prod(run.grid) - 2         # <eoi>, eos
         captions = [pictures[i].captions[0] for i in range(min(16, len(pictures)))]
         captions = [c for c in captions if len(data.render_t2i(*common, c)[0]) <= room]
+        mine = range(process.rank, len(captions), process.world)
+        drawn = process.gather(sample.text_to_image(run, [captions[i] for i in mine], numbers=mine))
         if process.is_main and captions:
-            sheet = data.contact_sheet(sample.text_to_image(run, captions), 8)
-            sheet.save(Path(cfg.out) / "samples" / f"drawn-{step:06d}.png")
+            drawn = [drawn[i % process.world][i // process.world] for i in range(len(captions))]
+            data.contact_sheet(drawn, 8).save(Path(cfg.out) / "samples" / f"drawn-{step:06d}.png")
     run.model.train()
     log.write(3, step, **{f"val_{task}": loss for task, loss in losses.items()})
     process.print(f"step {step}: held-out loss", *(f"{task} {loss:.3f}" for task, loss in losses.items()))
@@ -547,6 +553,20 @@ def orthogonalize(g, steps=5):
     return x.mT if tall else x
 
 
+def orthogonalize_all(g):
+    """orthogonalize, in TF32 on CUDA; each process takes a share of the matrices."""
+    precision = torch.get_float32_matmul_precision()
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    whole = nn.functional.pad(g, (0, 0, 0, 0, 0, -len(g) % world)) if world > 1 else g
+    torch.set_float32_matmul_precision("high" if g.is_cuda else precision)      # bf16 would overshoot
+    share = orthogonalize(whole.chunk(world)[dist.get_rank() if world > 1 else 0])
+    torch.set_float32_matmul_precision(precision)
+    if world == 1:
+        return share
+    dist.all_gather_into_tensor(whole, share.contiguous())
+    return whole[:len(g)]
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized, for matrices and kernels; torch.optim.Muon takes no kernels, in bf16."""
     def __init__(self, params, lr, momentum=0.95):
@@ -564,7 +584,7 @@ class Muon(torch.optim.Optimizer):
                     update = unshard(update).flatten(1)                         # kernels as matrices
                     updates[update.shape][p] = update
             for (rows, columns), alike in updates.items():
-                for p, update in zip(alike, orthogonalize(torch.stack(list(alike.values())))):
+                for p, update in zip(alike, orthogonalize_all(torch.stack(list(alike.values())))):
                     size = max(1, rows / columns) ** 0.5        # a tall matrix has more outputs to move
                     update = update.reshape(p.shape)
                     if isinstance(p, DTensor):                  # to its shards again
@@ -598,24 +618,36 @@ def step_all(optimizers, factor):
 
 # ---- Several devices: what wraps the model, which knows nothing of it -------------------------------------
 
+def prepare(blocks, compile, checkpointing):
+    """Compile blocks, and let them recompute their activations in backward."""
+    def again(self, *args):
+        return checkpoint(type(self).forward, self, *args, use_reentrant=False)
+    for block in blocks:
+        if checkpointing:
+            block.forward = MethodType(again, block)        # a method: one program for all blocks
+        if compile:
+            block.forward = torch.compile(block.forward)
+
+
 def parallel(model, process, compile=False, checkpointing=False, shard=False):
     """-> the model to call: checkpointed, compiled, then DDP or FSDP2, which average gradients."""
     layers = list(model.model.layers)
-    for block in layers:
-        if checkpointing:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        if compile:
-            block.forward = torch.compile(block.forward)
+    prepare(layers, compile, checkpointing)
     if process.world == 1:
         return model.to(process.device)
-    if not shard:
-        model.to(process.device)
+    if not shard:                           # which gives rank 0's weights to the others
+        move = model.to_empty if model.device.type == "meta" else model.to
+        move(device=process.device)
         return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
     mesh = init_device_mesh(process.device.type, (process.world,))
     dtype = torch.bfloat16 if process.device.type == "cuda" else None
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)      # float32 angles
-    for part in (*layers, model):       # each moves to the device and is sharded before the next
+    whole = model.state_dict() if process.is_main else {}
+    model.to("meta")                        # no other process holds all weights
+    for part in (*layers, model):
         fully_shard(part, mesh=mesh, mp_policy=policy)
+    model.to_empty(device=process.device)
+    set_model_state_dict(model, whole, options=replace(WHOLE, cpu_offload=False, broadcast_from_rank0=True))
     # By default, backward prefetches in the order of the last forwards. Rank 0 draws, so its order would
     # differ, and the ranks would hang.
     for before, part in zip([model, *layers], [*layers, model]):
@@ -769,6 +801,13 @@ class Process:
             dist.broadcast(tensor, 0)
         return tensor
 
+    def gather(self, value) -> list:
+        """The value of each process."""
+        every = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(every, value)
+        return every
+
     def asked_to_stop(self) -> int:
         """The signal that a process got, or 0."""
         if self.world == 1:
@@ -777,9 +816,9 @@ class Process:
         dist.all_reduce(asked, dist.ReduceOp.MAX)
         return asked.item()
 
-    def autocast(self, wanted=True):
+    def autocast(self):
         """bf16 on CUDA."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted and self.device.type == "cuda")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def wait(self):
         if self.world > 1:
@@ -803,7 +842,7 @@ def seeded(seed, step):
 
 
 def to_float(pixels, device):
-    return pixels.to(device).float() / 127.5 - 1        # uint8 -> [-1, 1]
+    return data.to_device(pixels, device).float() / 127.5 - 1       # uint8 -> [-1, 1]
 
 
 # ---- The command line -------------------------------------------------------------------------------------

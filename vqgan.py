@@ -158,6 +158,7 @@ class Decoder(nn.Module):
 
 # ---- The quantizer ----------------------------------------------------------------------------------------
 
+@torch.autocast("cuda", enabled=False)      # in bf16, near codes would be one
 def nearest(vectors, centres):
     """Vectors (N, e), centres (k, e) -> the nearest centre's number (N,)."""
     norms, parts = centres.pow(2).sum(1), vectors.split(2 ** 14)    # 8192 centres: 0.5 GB of distances a part
@@ -258,12 +259,12 @@ class VQGAN(nn.Module):
 
     def forward(self, pixels, quantize=True) -> Output:
         """With quantize=False vectors pass as they are."""
-        z = self.latents(pixels)
+        z = self.latents(pixels).float()
         if quantize:
             z_q, codes, loss = self.quantize(z)
         else:
             z_q, codes, loss = self.quantize.project(z), None, z.new_zeros(())
-        return Output(self.decoder(self.post_quant_conv(z_q)), codes, loss)
+        return Output(self.decoder(self.post_quant_conv(z_q)).float(), codes, loss)
 
     @torch.no_grad()
     def encode(self, pixels):

@@ -279,7 +279,7 @@ class Exact:
 
 class Parrot:
     """A model for which each token takes two bits; what it answers to which prompt is in `answers`."""
-    device, config = torch.device("cpu"), ModelConfig()
+    device, dtype, config = torch.device("cpu"), torch.float32, ModelConfig()
 
     def __init__(self, vocab):
         self.vocab, self.answers = vocab, {}

@@ -377,7 +377,7 @@ def test_parts_of_a_batch_add_up_to_the_whole():
     wanted = [p.grad.clone() for p in model.parameters()]
     for parts in (1, 2, 4):
         model.zero_grad()
-        sums, counts = train.forward_backward(model, batch, parts, 0.0, process)
+        sums, counts = train.forward_backward(model, batch, parts, 0.0, process).tolist()
         assert counts == [learned[0].sum().item(), 0, 0, learned[1:].sum().item()]
         assert sums == pytest.approx([nll[0].sum().item(), 0, 0, nll[1:].sum().item()], rel=1e-5)
         for p, grad in zip(model.parameters(), wanted):
