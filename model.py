@@ -434,14 +434,12 @@ class Transformer(nn.Module):
         return z if cap is None else cap * torch.tanh(z / cap)      # Gemma 2
 
     def forward(self, ids, targets=None, positions=None, documents=None, cache=None, z_loss=0.0, where=None):
-        """ids (B, T) -> logits (B, T, V); with targets (B, T) -> nll (B, T) float32, 0 where one is -100.
-
-        where (N,): places of the targets among B * T; without them, a GPU must be waited for.
-        """
+        """ids (B, T) -> logits (B, T, V); with targets (B, T) -> nll (B, T) float32, 0 where one is -100."""
         x = self.model(ids, positions, documents, cache)            # (B, T, D)
         if targets is None:
             return self.logits(x)
-        where = (targets != -100).flatten().nonzero()[:, 0] if where is None else where     # (N,)
+        if where is None:           # places of targets (N,); to find them is to wait for the GPU
+            where = (targets != -100).flatten().nonzero()[:, 0]
         x, parts = x.flatten(0, 1)[where], self.tables[-1].parts()
         if torch.is_autocast_enabled(ids.device.type):              # in backward, types must agree
             x, *parts = (y.to(torch.get_autocast_dtype(ids.device.type)) for y in (x, *parts))
@@ -478,7 +476,7 @@ class Transformer(nn.Module):
         with torch.device("meta"):
             model = cls(config).to(dtype)
         model.to_empty(device=device)
-        if device != "meta":                # where weights have a shape and no values
+        if device != "meta":
             read_weights(model, folder)
         if image_rows:
             words = config.vocab_size - image_rows

@@ -263,8 +263,8 @@ def export(run, folder):
 
 def rows_within(budget, config, slots, itemsize) -> int:
     """How many rows have keys and values of at most `budget` bytes."""
-    slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
-    return budget // (slot * slots)
+    c = config
+    return budget // (2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * itemsize * slots)
 
 
 def in_batches(run, prompts, n, allowed, s, numbers=None, negative=None, stop=None):
@@ -273,8 +273,7 @@ def in_batches(run, prompts, n, allowed, s, numbers=None, negative=None, stop=No
     if longest + n > most:
         raise ValueError(f"a prompt of {longest} tokens is too long: {n} more, and the model reads {most}")
     numbers, model = numbers or range(len(prompts)), run.model
-    gpu = torch.cuda.get_device_properties(model.device) if model.device.type == "cuda" else None
-    budget = gpu.total_memory // 4 if gpu else 2 ** 33
+    budget = torch.cuda.mem_get_info(model.device)[1] // 4 if model.device.type == "cuda" else 2 ** 33
     most = rows_within(budget, model.config, longest + n, model.dtype.itemsize)
     size = max(1, min(s.batch, most // 2 if negative else most))
     for i in range(0, len(prompts), size):

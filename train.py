@@ -26,13 +26,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import MethodType
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as dcp
 import torch.nn as nn
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state_dict, set_model_state_dict,
-                                                     set_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -112,7 +110,7 @@ PRESETS = {
     "paper": dict(image_size=512, patch=1, ch=128, ch_mult=(1, 1, 2, 2, 4), res_blocks=2, z_channels=256,
                   codes=8192, code_dim=256, l2_norm=False, vq_steps=200_000, adversarial=0.5,
                   steps=100_000, rows=512, words=32_768, hidden_size=1024, layers=24, heads=16,
-                  image_rows="free", code_noise=0.0, compile=True),
+                  image_rows="free", code_noise=0.0, compile=True, checkpointing=True, accumulate=8),
 }
 # The paper's fine-tuning: with --init these replace the preset's values.
 FINETUNE = dict(optimizer="adamw", lr_adam=2e-5, lr_rows=5e-3, rows=16, image_rows="free", code_noise=0.0)
@@ -179,8 +177,7 @@ def train_tokenizer(cfg, vq_config, splits, process, log):
         start = restore(saved, path, networks)
         counts = saved["counts"].to(process.device)
     log.rewind(1, start)
-    blocks = [block for block in model.modules() if isinstance(block, ResnetBlock)]
-    prepare(blocks, cfg.compile, cfg.checkpointing)
+    prepare([x for x in model.modules() if isinstance(x, ResnetBlock)], cfg.compile, cfg.checkpointing)
 
     # The loop; seed and step choose the pictures:
     def chosen(step):
@@ -380,7 +377,7 @@ def train_transformer(cfg, splits, vqgan, process, log):
     else:
         tokenizer, vocab = text_vocabulary(cfg, splits["train"], vqgan.config.n_embed)
     codebook = vqgan.quantize.codebook().detach()
-    model = build_model(cfg, vocab, codebook, process.is_main)
+    model = build_model(cfg, vocab, codebook, "cpu" if process.is_main else "meta")     # one reads --init
     wrapped = parallel(model, process, cfg.compile, cfg.checkpointing, cfg.shard)
     matrices = []
     if cfg.optimizer == "muon":     # not for tables, of which a batch looks up a few rows
@@ -404,10 +401,10 @@ def train_transformer(cfg, splits, vqgan, process, log):
     # The loop:
     bar, since = process.bar(range(start, cfg.steps), "3 transformer", start, cfg.steps), time.perf_counter()
     for step, (batch, states) in zip(bar, data.ahead(lambda _: loader.next(), range(start, cfg.steps))):
-        # Learn; AdamW's rate falls from the start, as in the paper:
+        # Learn, and wait for the GPU once; AdamW's rate falls from the start, as in the paper:
         done, totals = step + 1, forward_backward(wrapped, batch, cfg.accumulate, cfg.z_loss, process)
         norm = unshard(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
-        (sums, counts), norm = totals.tolist(), norm.item()         # a step's one wait for the GPU
+        (sums, counts), norm = totals.tolist(), norm.item()
         losses = {task: s / c for task, s, c in zip(data.TASKS, sums, counts) if c}
         require_finite(3, done, path, losses | {"the gradient": norm})
         step_all(optimizers, schedule(step, cfg.steps, decay=0.7 if cfg.optimizer == "muon" else 1.0))
@@ -425,10 +422,10 @@ def train_transformer(cfg, splits, vqgan, process, log):
             since += time.perf_counter() - paused
         asked = process.asked_to_stop()
         if done % cfg.save_every == 0 or done == cfg.steps or asked:
-            every = process.gather(states)          # of all loaders
+            states = dict(ChainMap(*process.gather(states)))        # of all loaders
             save_checkpoint(path, process, {"model": (model, optimizers)}, format=sample.FORMAT, step=done,
                             config=asdict(cfg), model_config=asdict(model.config), vocab=asdict(vocab),
-                            tokenizer=tokenizer.state(), data=dict(ChainMap(*every)), grid=grid,
+                            tokenizer=tokenizer.state(), data=states, grid=grid,
                             fingerprint=vqgan.fingerprint())
         if asked:
             raise Stopped(asked, f"stopped after step {done} of the transformer, which {path} holds")
@@ -451,10 +448,9 @@ def text_vocabulary(cfg, train, codes):
     return tokenizer, tokenizer.vocab(codes)
 
 
-def build_model(cfg, vocab, codebook, is_main=True) -> Transformer:
-    """With --init, rank 0 alone reads; the others' weights have no data before `parallel`."""
+def build_model(cfg, vocab, codebook, device="cpu") -> Transformer:
     if cfg.init:
-        model = Transformer.from_pretrained(data.fetch(cfg.init), device="cpu" if is_main else "meta")
+        model = Transformer.from_pretrained(data.fetch(cfg.init), device=device)
         model.extend_vocab(vocab.new_rows, seeded(cfg.seed, 0))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(cfg.train == "all" or "image_rows" in name)
@@ -482,14 +478,13 @@ def perturb(codebook, noise, codes, generator):
 
 def forward_backward(model, batch, parts, z_loss, process):
     """Gradients of a batch, in parts -> (2, tasks): summed losses and numbers of targets, over all ranks."""
-    # The batch is on the CPU: to find the targets on a GPU, one would wait for it.
     counts = batch.tasks[batch.targets != data.IGNORE].bincount(minlength=len(data.TASKS))
-    totals = torch.stack([torch.zeros_like(counts), counts]).float().to(process.device)
+    totals = torch.stack([0 * counts, counts]).float().to(process.device)
     # In a mean of means, a caption's 20 targets would weigh as much as a drawing's 1024.
     number = process.sum(totals[1].sum())
     for part in range(parts):
         some = data.Batch(*(x.chunk(parts)[part] for x in batch))
-        where = (some.targets != data.IGNORE).flatten().nonzero()[:, 0]
+        where = (some.targets != data.IGNORE).flatten().nonzero()[:, 0]     # on a GPU, one would wait
         where, some = data.to_device(where, process.device), some.to(process.device)
         model.require_backward_grad_sync = part == parts - 1        # as DDP's no_sync does
         with process.autocast():
@@ -517,9 +512,8 @@ def validate_and_draw(cfg, run, held_out, step, process, log):
         captions = [pictures[i].captions[0] for i in range(min(16, len(pictures)))]
         captions = [c for c in captions if len(data.render_t2i(*common, c)[0]) <= room]
         mine = range(process.rank, len(captions), process.world)
-        drawn = process.gather(sample.text_to_image(run, [captions[i] for i in mine], numbers=mine))
-        if process.is_main and captions:
-            drawn = [drawn[i % process.world][i // process.world] for i in range(len(captions))]
+        drawn = sum(process.gather(sample.text_to_image(run, [captions[i] for i in mine], numbers=mine)), [])
+        if process.is_main and drawn:
             data.contact_sheet(drawn, 8).save(Path(cfg.out) / "samples" / f"drawn-{step:06d}.png")
     run.model.train()
     log.write(3, step, **{f"val_{task}": loss for task, loss in losses.items()})
@@ -554,15 +548,11 @@ def orthogonalize(g, steps=5):
 
 
 def orthogonalize_all(g):
-    """orthogonalize, in TF32 on CUDA; each process takes a share of the matrices."""
-    precision = torch.get_float32_matmul_precision()
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    whole = nn.functional.pad(g, (0, 0, 0, 0, 0, -len(g) % world)) if world > 1 else g
-    torch.set_float32_matmul_precision("high" if g.is_cuda else precision)      # bf16 would overshoot
-    share = orthogonalize(whole.chunk(world)[dist.get_rank() if world > 1 else 0])
-    torch.set_float32_matmul_precision(precision)
-    if world == 1:
-        return share
+    """orthogonalize; each process takes a share of the matrices."""
+    if not dist.is_initialized():
+        return orthogonalize(g)
+    whole = nn.functional.pad(g, (0, 0, 0, 0, 0, -len(g) % dist.get_world_size()))
+    share = orthogonalize(whole.chunk(dist.get_world_size())[dist.get_rank()])
     dist.all_gather_into_tensor(whole, share.contiguous())
     return whole[:len(g)]
 
@@ -624,7 +614,7 @@ def prepare(blocks, compile, checkpointing):
         return checkpoint(type(self).forward, self, *args, use_reentrant=False)
     for block in blocks:
         if checkpointing:
-            block.forward = MethodType(again, block)        # a method: one program for all blocks
+            block.forward = again.__get__(block)            # a method: one program for all
         if compile:
             block.forward = torch.compile(block.forward)
 
@@ -636,18 +626,17 @@ def parallel(model, process, compile=False, checkpointing=False, shard=False):
     if process.world == 1:
         return model.to(process.device)
     if not shard:                           # which gives rank 0's weights to the others
-        move = model.to_empty if model.device.type == "meta" else model.to
-        move(device=process.device)
+        (model.to_empty if model.device.type == "meta" else model.to)(device=process.device)
         return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
     mesh = init_device_mesh(process.device.type, (process.world,))
     dtype = torch.bfloat16 if process.device.type == "cuda" else None
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)      # float32 angles
     whole = model.state_dict() if process.is_main else {}
-    model.to("meta")                        # no other process holds all weights
+    model.to("meta")
     for part in (*layers, model):
         fully_shard(part, mesh=mesh, mp_policy=policy)
     model.to_empty(device=process.device)
-    set_model_state_dict(model, whole, options=replace(WHOLE, cpu_offload=False, broadcast_from_rank0=True))
+    dcp.set_model_state_dict(model, whole, options=replace(WHOLE, cpu_offload=False, broadcast_from_rank0=True))
     # By default, backward prefetches in the order of the last forwards. Rank 0 draws, so its order would
     # differ, and the ranks would hang.
     for before, part in zip([model, *layers], [*layers, model]):
@@ -675,13 +664,13 @@ def unshard(x):
 
 # ---- Checkpoints and the log ------------------------------------------------------------------------------
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def save_checkpoint(path, process, networks, **values):
     """{name: (network, its optimizers)} and values -> a file; a collective."""
     for name, (network, optimizers) in networks.items():
-        values[name], values[f"{name}_optimizer"] = get_state_dict(network, optimizers, options=WHOLE)
+        values[name], values[f"{name}_optimizer"] = dcp.get_state_dict(network, optimizers, options=WHOLE)
     if process.is_main:
         data.save_atomically(dict(values, random_state=torch.get_rng_state()), path)
 
@@ -699,8 +688,8 @@ def restore(saved, path, networks) -> int:
     """The inverse of save_checkpoint -> steps done."""
     with sample.naming_file(path):
         for name, (network, optimizers) in networks.items():
-            set_state_dict(network, optimizers, model_state_dict=saved[name],
-                           optim_state_dict=saved[f"{name}_optimizer"], options=WHOLE)
+            dcp.set_state_dict(network, optimizers, model_state_dict=saved[name],
+                               optim_state_dict=saved[f"{name}_optimizer"], options=WHOLE)
         torch.set_rng_state(saved["random_state"])
         return saved["step"]
 
@@ -828,10 +817,11 @@ class Process:
 def start_process(device, stop) -> Process:
     """Join torchrun's processes, if any."""
     device, world = sample.choose_device(device), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")      # TF32, for Muon, which would overshoot in bf16
     if world > 1 and not dist.is_initialized():
-        cuda = device.type == "cuda"
-        if cuda:
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
                                 timeout=timedelta(hours=6))     # others wait while one draws or encodes
     return Process(dist.get_rank() if world > 1 else 0, world, device, stop)

@@ -4,14 +4,71 @@
 """
 
 import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import train  # noqa: E402
 from model import NLL, Block, ModelConfig, Transformer, rope_angles  # noqa: E402
+from vqgan import VQGAN, Discriminator, VQGANConfig  # noqa: E402
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Act 1
+
+class Peak(TorchDispatchMode):
+    """The most bytes that the tensors made within it hold at a time."""
+    now = most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if torch.is_tensor(tensor) else None
+            if storage is not None and not hasattr(storage, "counted"):
+                storage.counted = True
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return out
+
+    def add(self, size):
+        self.now += size
+        self.most = max(self.most, self.now)
+
+
+def memory_of_act_1(config, batch, side, checkpointing=False, mixed=True) -> float:
+    """Bytes at the peak of a step with the adversary, for `batch` pictures on each device, not compiled."""
+    process = SimpleNamespace(world=1, autocast=lambda: torch.autocast("cpu", torch.bfloat16, enabled=mixed))
+    with FakeTensorMode(), Peak() as peak:
+        model, adversary = VQGAN(config), Discriminator()
+        train.prepare([x for x in model.modules() if isinstance(x, train.ResnetBlock)], False, checkpointing)
+        moments = [torch.empty_like(p) for network in (model, adversary) for p in network.parameters()]
+        moments += [torch.empty_like(p) for p in adversary.parameters()]        # Muon needs one, AdamW two
+        train.tokenizer_step(model, torch.zeros(batch, 3, side, side), True, None, adversary, 0.5, process)
+    return peak.most
+
+
+def print_memory_of_act_1():
+    """GiB for each GPU, without / with --checkpointing."""
+    print("| preset, 32 pictures a step | 1 GPU | 4 | 8 |\n|---|---|---|---|")
+    for name in ("gpu", "paper"):
+        cfg = train.Config(**train.PRESETS[name])
+        config = VQGANConfig(ch=cfg.ch, ch_mult=cfg.ch_mult, num_res_blocks=cfg.res_blocks,
+                             z_channels=cfg.z_channels, n_embed=cfg.codes, embed_dim=cfg.code_dim,
+                             l2_norm=cfg.l2_norm, patch=cfg.patch)
+        cells = (" / ".join(f"{memory_of_act_1(config, cfg.vq_batch // world, cfg.image_size, again) / 2 ** 30:.0f}"
+                            for again in (False, True)) for world in (1, 4, 8))
+        print(f"| `{name}`, {cfg.image_size} pixels | {' | '.join(cells)} |")
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Act 3
 
 
 def kept_by_block(config, rows, context, low, residual) -> int:
@@ -83,4 +140,5 @@ def print_memory(rows=4, context=2048):
 
 
 if __name__ == "__main__":
+    print_memory_of_act_1()
     print_memory()

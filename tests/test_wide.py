@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 
 import data
 import memory
@@ -25,10 +27,10 @@ from vqgan import VQGAN, Discriminator, VQGANConfig
 ROOT = Path(__file__).parent.parent
 
 
-def start(rank, function, args):
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+def start(rank, function, args, world):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{args[0]}/meeting", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{args[0]}/meeting", rank=rank, world_size=world)
     data.built_in = few_scenes
     function(train.start_process("cpu", train.Stop()), *args)
     dist.barrier()
@@ -37,9 +39,9 @@ def start(rank, function, args):
     (args[0] / "meeting").unlink(missing_ok=True)
 
 
-def two_processes(function, *args, seconds=120):
+def two_processes(function, *args, seconds=120, world=2):
     """function(process, *args) in two processes, whose first argument is a folder; they must end in time."""
-    context = torch.multiprocessing.spawn(start, (function, args), 2, join=False)
+    context = torch.multiprocessing.spawn(start, (function, args, world), world, join=False)
     until = time.time() + seconds
     try:
         while not context.join(1):
@@ -183,39 +185,83 @@ def test_two_processes_make_the_curves_and_checkpoints_of_one(tmp_path, monkeypa
 # -----------------------------------------------------------------------------------------------------------
 # Memory
 
+def peak_of_opening(process, folder, shard):
+    """-> folder/peaks: the bytes by which each process grows, at most, while it opens a published model."""
+    def status(name):
+        return 1024 * int(re.search(rf"{name}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+    cfg = train.Config(init=str(folder / "qwen"), shard=shard)
+    transformers.AutoModelForCausalLM       # imports take memory, too
+    train.parallel(small(), process, shard=shard)
+    Path("/proc/self/clear_refs").write_text("5")       # forget the peak so far
+    before = status("VmRSS")
+    model = train.build_model(cfg, data.WordTokenizer([]).vocab(8), None, "cpu" if process.is_main else "meta")
+    model = train.parallel(model, process, shard=shard)
+    grown = process.gather(status("VmHWM") - before)
+    if process.is_main:
+        (folder / "peaks").write_text(json.dumps(grown))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
+def test_one_of_four_processes_reads_a_published_model_and_the_others_hold_their_shards(tmp_path):
+    """Each process reads all of it: a 7B needs 255 GB on the host of 8 GPUs."""
+    config = transformers.Qwen2Config(vocab_size=8000, hidden_size=512, intermediate_size=1536, num_hidden_layers=6,
+                                      num_attention_heads=8, num_key_value_heads=8)
+    model = transformers.Qwen2ForCausalLM(config)
+    model.save_pretrained(tmp_path / "qwen")
+    size = sum(p.nbytes for p in model.parameters())
+    assert size > 100e6
+    two_processes(peak_of_opening, tmp_path, True, world=4)
+    first, *others = (peak / size for peak in json.loads((tmp_path / "peaks").read_text()))
+    assert first < 2.5 and max(others) < 0.55       # the file's pages, weights and a shard; a shard and the table
+
+
 MEASURE = """
 import memory, re, sys, torch, train
 from dataclasses import replace
 from model import ModelConfig, Transformer
+from vqgan import VQGAN, Discriminator, VQGANConfig
 config = ModelConfig(vocab_size=4000, hidden_size=256, intermediate_size=768, num_hidden_layers=6,
                      head_dim=64)
-checkpointing = sys.argv[1] == "True"
+act, checkpointing, process = sys.argv[1], sys.argv[2] == "True", train.Process(0, 1, torch.device("cpu"))
 def peak():     # ru_maxrss would be the parent's, too
     return 1024 * int(re.search("VmHWM:(.*)kB", open("/proc/self/status").read())[1])
 def steps(config, context):
     model = Transformer(config)
-    wide = train.parallel(model, train.Process(0, 1, torch.device("cpu")), checkpointing=checkpointing)
+    wide = train.parallel(model, process, checkpointing=checkpointing)
     optimizers = train.make_optimizers([], model.named_parameters(), 0, 1e-3)
     for _ in range(2):
         ids = torch.randint(0, config.vocab_size, (4, context))
         wide(ids, ids).sum().backward()
         train.step_all(optimizers, 1.0)
-steps(replace(config, vocab_size=64, num_hidden_layers=1), 8)
-before = peak()
-steps(config, 256)
-measured = peak() - before
-print(measured / memory.memory(config, 4, 256, checkpointing=checkpointing, mixed=False))
+def act_1(config, batch):
+    model, adversary = VQGAN(config), Discriminator()
+    train.prepare([x for x in model.modules() if isinstance(x, train.ResnetBlock)], False, checkpointing)
+    train.tokenizer_step(model, torch.zeros(batch, 3, 64, 64), True, None, adversary, 0.5, process)
+if act == "1":
+    sizes = VQGANConfig(ch=32, ch_mult=(1, 2), z_channels=32, n_embed=64, embed_dim=32)
+    act_1(sizes, 1)
+    before = peak()
+    act_1(sizes, 32)
+    on_paper = memory.memory_of_act_1(sizes, 32, 64, checkpointing, mixed=False)
+else:
+    steps(replace(config, vocab_size=64, num_hidden_layers=1), 8)
+    before = peak()
+    steps(config, 256)
+    on_paper = memory.memory(config, 4, 256, checkpointing=checkpointing, mixed=False)
+print((peak() - before) / on_paper)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("act", [1, 3])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_memory_on_paper_is_the_measured_peak(checkpointing):
+def test_memory_on_paper_is_the_measured_peak(act, checkpointing):
     """A table says that a model fits which does not; malloc gives large pieces back, as a GPU's allocator."""
     env = dict(os.environ, PYTHONPATH=str(ROOT / "tests"), OMP_NUM_THREADS="1",
                MALLOC_MMAP_THRESHOLD_="1000000")
-    command = [sys.executable, "-c", MEASURE, str(checkpointing)]
+    command = [sys.executable, "-c", MEASURE, str(act), str(checkpointing)]
     assert 0.75 < float(subprocess.check_output(command, cwd=ROOT, env=env, text=True)) < 1.25
 
 
