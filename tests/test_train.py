@@ -58,6 +58,12 @@ def log_of(out):
     return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "seconds")} for line in lines]
 
 
+def losses_of(out):
+    """Of act 3, and the norms of its gradients, step by step."""
+    return [value for line in log_of(out) if line["act"] == 3
+            for key, value in line.items() if key in ("loss", "norm", *data.TASKS) or key.startswith("val")]
+
+
 def equal(x, y):
     """Bit for bit."""
     if isinstance(x, dict):

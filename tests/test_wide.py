@@ -21,7 +21,7 @@ import memory
 import sample
 import train
 from model import ModelConfig, Transformer
-from test_train import TINY, equal, few_scenes, published, run, saved
+from test_train import TINY, equal, few_scenes, losses_of, published, run, saved
 from vqgan import VQGAN, Discriminator, VQGANConfig
 
 ROOT = Path(__file__).parent.parent
@@ -152,12 +152,6 @@ def runs_of_two(process, folder, options):
     run(folder / "one-half", shard=True, resume=True, **options)
 
 
-def losses(out):
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [value for line in lines if line["act"] == 3
-            for key, value in line.items() if key in ("loss", "norm", *data.TASKS) or key.startswith("val")]
-
-
 @pytest.mark.parametrize("init", [False, True], ids=["new", "published, --train rows"])
 def test_two_processes_make_the_curves_and_checkpoints_of_one(tmp_path, monkeypatch, init):
     """They wait for each other once one has drawn, repeat examples, or save what others cannot open."""
@@ -171,10 +165,10 @@ def test_two_processes_make_the_curves_and_checkpoints_of_one(tmp_path, monkeypa
     run_and_keep_half(tmp_path / "one", **options)
     two_processes(runs_of_two, tmp_path, options)
     run(tmp_path / "shard-half", resume=True, **options)        # one goes on with what two had cut up
-    one, curve = saved(tmp_path / "one"), losses(tmp_path / "one")
+    one, curve = saved(tmp_path / "one"), losses_of(tmp_path / "one")
     for name in ("two", "shard", "shard-half", "one-half"):
         other = saved(tmp_path / name)
-        assert losses(tmp_path / name) == pytest.approx(curve, rel=2e-3), name
+        assert losses_of(tmp_path / name) == pytest.approx(curve, rel=2e-3), name
         assert other["data"] == one["data"] and other["step"] == one["step"] == 6
         assert equal(other["model_optimizer"]["param_groups"], one["model_optimizer"]["param_groups"])
         for x, y in ((other["model"], one["model"]), (other["model_optimizer"]["state"],
