@@ -631,12 +631,12 @@ def parallel(model, process, compile=False, checkpointing=False, shard=False):
     mesh = init_device_mesh(process.device.type, (process.world,))
     dtype = torch.bfloat16 if process.device.type == "cuda" else None
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)      # float32 angles
-    full = model.state_dict() if process.is_main else {}
+    full, options = model.state_dict(), replace(WHOLE, cpu_offload=False, broadcast_from_rank0=True)
     model.to("meta")
     for part in (*layers, model):
         fully_shard(part, mesh=mesh, mp_policy=policy)
     model.to_empty(device=process.device)
-    dcp.set_model_state_dict(model, full, options=replace(WHOLE, cpu_offload=False, broadcast_from_rank0=True))
+    dcp.set_model_state_dict(model, full if process.is_main else {}, options=options)
     # By default, backward prefetches in the order of the last forwards. Rank 0 draws, so its order would
     # differ, and the ranks would hang.
     for before, part in zip([model, *layers], [*layers, model]):

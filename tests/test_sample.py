@@ -12,7 +12,7 @@ from PIL import Image
 
 import data
 import sample
-from model import ModelConfig, Transformer
+from model import Cache, ModelConfig, Transformer
 from vqgan import VQGAN, VQGANConfig
 
 SLIDING = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]}
@@ -227,9 +227,40 @@ def test_prompts_come_in_batches_that_the_model_can_read(run, monkeypatch):
     most, longest = ModelConfig().max_position_embeddings, len(run.tokenizer.encode("a red circle")) + 1
     sample.complete(few, ["a", "a red circle"], n=10_000)
     assert calls[3:] == [(2, most - longest)]
+    monkeypatch.setattr(sample, "rows_within", lambda budget, config, slots, itemsize: 3)
+    sample.complete(few, ["a"] * 5, n=1)
+    list(sample.in_batches(few, [[1]] * 2, 1, None, few.sampling, negative=[2]))     # two rows for each prompt
+    assert [size for size, _ in calls[4:]] == [2, 2, 1, 1, 1]
     for task in (sample.text_to_image, sample.complete):
         with pytest.raises(ValueError, match=f"too long.* {most}"):
             task(few, ["a", "a" * most])
+
+
+def test_a_7b_that_draws_512_pixels_fits_beside_its_weights_into_80_gb():
+    """The scores are out of memory, after days of training."""
+    gemma = ModelConfig("gemma", 256_000, 8196, hidden_size=3072, intermediate_size=24_576, num_hidden_layers=28,
+                        num_attention_heads=16, num_key_value_heads=16, head_dim=256)
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in Transformer(gemma).parameters()) * 2
+    budget, slots = int(80e9) // 4, 1024 + 80
+    rows = sample.rows_within(budget, gemma, slots, 2)
+    cache = Cache(gemma, rows, slots, device="meta", dtype=torch.bfloat16)
+    held = sum(x.nbytes for x in (*cache.k, *cache.v))
+    assert 32 <= rows and held <= budget < held * (rows + 1) / rows
+    prompts = rows * 1024 * 2 * (3 * gemma.intermediate_size + 6 * gemma.hidden_size)   # an MLP's activations
+    pictures = 8 * 4 * 128 * 512 ** 2 * 5                       # eight of them, in the VQGAN's first level
+    assert weights + held + prompts + pictures < 80e9
+
+
+@everywhere
+def test_autocast_keeps_its_type_in_the_cache(name):
+    """Float32 slots refuse bf16 keys, so evaluation has to run in float32, or training without autocast."""
+    model = tiny(**SHAPES[name])
+    assert model.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sample.prefill(model, PROMPTS, 1)[0].k[0].dtype == model.dtype == torch.bfloat16
+        out = sample.generate(model, PROMPTS, 7, (10, 50), NEGATIVES, 3.0, temperature=0)
+    assert out.shape == (4, 7)
 
 
 def test_sampling_crops_or_pads_pictures_as_training_did(run):
