@@ -861,7 +861,7 @@ class Loader:
         drawn[task] += 1
         return task, epoch, shuffled(place, len(self.tasks[task]), f"{self.seed}/{task}/{epoch}")
 
-    @lru_cache(maxsize=2048)     # those that wait are asked for again
+    @lru_cache(maxsize=2048)
     def render(self, task, epoch, index):
         rng = random.Random(f"{self.seed}/{task}/{epoch}/{index}")
         item, common = self.tasks[task][index], (self.vocab, self.tokenizer)
@@ -877,22 +877,26 @@ class Loader:
             codes = self.perturb(codes, torch.Generator().manual_seed(rng.getrandbits(63)))
         return render_t2i(*common, words, codes)
 
+    @lru_cache(maxsize=2 ** 16)     # of examples that wait, when `render` has forgotten them
+    def length(self, task, epoch, index):
+        return len(self.render(task, epoch, index)[0])
+
     def fill(self, row):
         """First-fit packing -> (task, ids, targets) of each; examples without room wait."""
         state, placed, free, misfits = self.states[row], [], self.context, []
         waiting, most = list(state["waiting"]), state["dropped"] + 10_000
         while len(misfits) < self.PATIENCE:
             key = waiting.pop(0) if waiting else self.next_example(row)
-            ids, targets = self.render(*key)
-            if len(ids) > self.context:
+            length = self.length(*key)
+            if length > self.context:
                 state["dropped"] += 1
                 if state["dropped"] > most:
-                    raise ValueError(f"--context {self.context}: no example fits, one has {len(ids)} tokens")
-            elif len(ids) > free:
+                    raise ValueError(f"--context {self.context}: no example fits, one has {length} tokens")
+            elif length > free:
                 misfits.append(key)
             else:
-                placed.append((key[0], ids, targets))
-                free -= len(ids)
+                placed.append((key[0], *self.render(*key)))
+                free -= length
         state["waiting"] = misfits + waiting
         return placed
 

@@ -1,12 +1,15 @@
 """Speed and memory, as a table of ratios: each peer or limit is timed in turns with us, in the same run.
 
     python tests/bench.py                 # everything, some minutes; needs pip install -e ".[test]" diffusers
-    python tests/bench.py drawing loss    # some of its parts: drawing, bandwidth, loss, products, vqgan
+    python tests/bench.py drawing loss    # some of its parts: drawing, bandwidth, loss, products, vqgan, loader
+    python tests/bench.py loader --tokenizer FOLDER     # a folder with the tokenizer.json of Gemma 3
 
 Every model is random, in float32, on the CPU; the number of threads is torch's own (OMP_NUM_THREADS).
 """
 
 import argparse
+import os
+import random
 import re
 import statistics
 import subprocess
@@ -21,7 +24,9 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import data  # noqa: E402
 import sample  # noqa: E402
+import train  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 from vqgan import VQGAN, VQGANConfig  # noqa: E402
 
@@ -258,19 +263,112 @@ def vqgan(size=128, batch=4):
         f"{mine:.2f} s for {batch} images")
 
 
-PARTS = {f.__name__: f for f in (drawing, bandwidth, loss, products, vqgan)}
+# -----------------------------------------------------------------------------------------------------------
+# The loader, and what it opens
+
+SHARD = 4096
+
+
+def said():
+    """-> English, and a function that makes captions of 20 of its words."""
+    from pydoc_data.topics import topics
+    text, rng = "\n\n".join(topics[key] for key in sorted(topics)), random.Random(0)
+    words = sorted(set(re.findall("[a-z]{3,}", text)))
+    return text, lambda: " ".join(rng.choices(words, k=20))
+
+
+def encode_at_random(folder, codes, number, of=8192):
+    """-> `number` encoded pictures in shards; all shards are one file, as what opens them reads no codes."""
+    side, (_, caption) = int(codes ** 0.5), said()
+    drawn = torch.randint(of, (min(number, SHARD), side, side), generator=torch.Generator().manual_seed(0))
+    pictures = [data.Picture(str(i), None, [caption()], codes=x) for i, x in enumerate(drawn)]
+    data.write_shard(folder / "0.pt", pictures, "bench")
+    for i in range(1, -(-number // SHARD)):
+        os.link(folder / "0.pt", folder / f"{i}.pt")
+    return [folder / f"{i}.pt" for i in range(-(-number // SHARD))]
+
+
+def opened(paths):
+    return data.Encoded([data.read_shard(path, "bench") for path in paths])
+
+
+def context_for(codes):
+    """What train.py chooses for pictures of so many codes."""
+    cfg = train.Config(data="own", image_size=int(codes ** 0.5))
+    one = VQGANConfig(ch_mult=(1,))
+    return train.resolve(cfg, {"train": data.Split([data.Picture("x")], [])}, one)[0].context
+
+
+def print_opening(folder):
+    started, before = time.perf_counter(), resident()
+    pictures = opened(sorted(Path(folder).glob("*.pt")))
+    tasks = data.tasks_of(data.Split(pictures, []))
+    taken, grown = time.perf_counter() - started, resident() - before
+    assert len(tasks["t2i"]) == len(pictures)
+    print(len(pictures), taken, grown)
+
+
+def resident():         # on Linux
+    return 1024 * int(re.search(r"VmRSS:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def loader(tokenizer_folder=None, rows=512):
+    text, caption = said()
+    own = data.WordTokenizer.learn([text, *(caption() for _ in range(1000))])
+    kinds = {"drawings of 1024 codes, own words": (own, {"t2i": 1}, None)}
+    if tokenizer_folder:
+        kinds["half texts of 4,000 characters, Gemma 3's tokenizer"] = (
+            data.PretrainedTokenizer.load(tokenizer_folder), {"t2i": 1, "text": 1}, 400_000)
+    else:
+        print("half text: no --tokenizer, a folder with the tokenizer.json of Gemma 3")
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = opened(encode_at_random(Path(folder), 1024, 20_000))
+        for name, (tokenizer, mix, target) in kinds.items():
+            tasks = data.tasks_of(data.Split(pictures, data.passages(text, 4000)))
+            vocab, context = data.Vocab.extend(262_144, 8192, 2, 1, 0), context_for(1024)
+            loaders = [data.Loader(tasks, mix, vocab, tokenizer, rows, context, world=world)
+                       for world in (1, 8, 64)]
+            batches = (1, 8, 64)            # as many positions for each
+            times = seconds(*(lambda one=one, n=n: [one.batch() for _ in range(n)]
+                              for one, n in zip(loaders, batches)), repeats=3)
+            speeds = [rows * context / taken for taken in times]
+            note = " / ".join(f"{speed:,.0f}" for speed in speeds) + " positions/s with 1 / 8 / 64"
+            row(f"{name}: 64 processes, each over one alone", speeds[2] / speeds[0], 0.8, note)
+            if target:
+                row(f"{name}: 64 processes, million positions/s of each", speeds[2] / 1e6, target / 1e6)
+    for codes in (16, 64, 256, 1024):
+        with tempfile.TemporaryDirectory() as folder:
+            tasks = data.tasks_of(data.Split(opened(encode_at_random(Path(folder), codes, SHARD)), []))
+            context = context_for(codes)
+            batch = data.Loader(tasks, {"t2i": 1}, own.vocab(8192), own, 64, context).batch()
+            row(f"share of a batch that is no padding, {codes} codes, captions of 20 words, context {context}",
+                (batch.tasks >= 0).float().mean(), 0.9)
+    for number in (10_000, 100_000, 1_000_000):
+        with tempfile.TemporaryDirectory() as folder:
+            paths = encode_at_random(Path(folder), 1024, number)
+            size = paths[0].stat().st_size / SHARD
+            command = [sys.executable, "-c", f"import bench; bench.print_opening({folder!r})"]
+            done = subprocess.run(command, cwd=Path(__file__).parent, check=True, stdout=subprocess.PIPE)
+            found, taken, grown = map(float, done.stdout.split())
+            row(f"seconds to open {found:,.0f} encoded pictures", taken, None,
+                f"{grown / 1e6:.0f} MB of memory; {size:.0f} bytes a picture on the disk")
+
+
+PARTS = {f.__name__: f for f in (drawing, bandwidth, loss, products, vqgan, loader)}
 
 
 def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART")
+    parser.add_argument("--tokenizer", help="a folder with the tokenizer of Gemma 3, for loader")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{torch.get_num_threads()} threads, {versions}")
-    for name in parser.parse_args(argv).parts or PARTS:
-        PARTS[name]()
+    args = parser.parse_args(argv)
+    for name in args.parts or PARTS:
+        PARTS[name](args.tokenizer) if name == "loader" else PARTS[name]()
 
 
 torch.set_flush_denormal(True)      # denormal tails of a softmax are up to 100 times slower on CPUs
