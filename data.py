@@ -800,8 +800,7 @@ class Batch(NamedTuple):
         return Batch(*(to_device(x, device) for x in self))
 
 
-def to_device(x, device):
-    """To a GPU from pinned memory, which needs no wait."""
+def to_device(x, device):       # without a wait
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
@@ -877,9 +876,7 @@ class Loader:
             codes = self.perturb(codes, torch.Generator().manual_seed(rng.getrandbits(63)))
         return render_t2i(*common, words, codes)
 
-    @lru_cache(maxsize=2 ** 16)     # of examples that wait, when `render` has forgotten them
-    def length(self, task, epoch, index):
-        return len(self.render(task, epoch, index)[0])
+    length = lru_cache(2 ** 16)(lambda self, *key: len(self.render(*key)[0]))       # of those that wait
 
     def fill(self, row):
         """First-fit packing -> (task, ids, targets) of each; examples without room wait."""

@@ -424,7 +424,6 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self):
-        """Of keys and values."""
         kind, own = self.device.type, self.model.norm.weight.dtype
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else own
 

@@ -261,9 +261,8 @@ def export(run, folder):
 
 # ---- The tasks --------------------------------------------------------------------------------------------
 
-def rows_within(budget, config, slots, itemsize) -> int:
+def rows_within(budget, c, slots, itemsize) -> int:
     """How many rows have keys and values of at most `budget` bytes."""
-    c = config
     return budget // (2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * itemsize * slots)
 
 

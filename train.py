@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 from collections import ChainMap, defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -160,9 +160,8 @@ def train_tokenizer(cfg, vq_config, splits, process, log):
 
     # Networks and optimizers:
     torch.manual_seed(cfg.seed)
-    model, discriminator = VQGAN(vq_config).to(process.device), None
-    if process.device.type == "cuda":       # its tensor cores take channels last
-        model.to(memory_format=torch.channels_last)
+    layout = torch.channels_last if process.device.type == "cuda" else torch.preserve_format
+    model, discriminator = VQGAN(vq_config).to(process.device, memory_format=layout), None
     kernels = [p for p in model.parameters() if p.ndim == 4]
     networks = {"model": (model, make_optimizers(kernels, model.named_parameters(), VQ_LR, VQ_LR_ADAM))}
     if cfg.adversarial:     # with taming's betas, at a constant rate
@@ -637,8 +636,7 @@ def parallel(model, process, compile=False, checkpointing=False, shard=False):
         fully_shard(part, mesh=mesh, mp_policy=policy)
     model.to_empty(device=process.device)
     dcp.set_model_state_dict(model, full if process.is_main else {}, options=options)
-    # By default, backward prefetches in the order of the last forwards. Rank 0 draws, so its order would
-    # differ, and the ranks would hang.
+    # The default, the order of the last forwards, differs between ranks that drew: they would hang.
     for before, part in zip([model, *layers], [*layers, model]):
         part.set_modules_to_backward_prefetch([before])
     return model
@@ -705,10 +703,8 @@ class Log:
         lines = []
         if self.process.is_main and self.path.exists():
             for text in self.path.read_text(errors="replace").splitlines():
-                try:
+                with suppress(ValueError):
                     lines.append(json.loads(text))
-                except ValueError:
-                    continue
             kept = [json.dumps(x) + "\n" for x in lines if x["act"] != act or x["step"] <= step]
             data.write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
 
