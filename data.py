@@ -796,9 +796,6 @@ class Batch(NamedTuple):
     documents: torch.Tensor     # (R, T) int64, number of the example in its row, -1 in padding
     tasks: torch.Tensor         # (R, T) int64, index into TASKS, -1 in padding
 
-    def to(self, device):
-        return Batch(*(to_device(x, device) for x in self))
-
 
 def to_device(x, device):       # without a wait
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

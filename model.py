@@ -316,18 +316,20 @@ class NLL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, targets, z_loss, softcap, *parts):
-        sizes, wanted = [len(part) for part in parts], ctx.needs_input_grad[4:]
+        sizes, V, wanted = [len(p) for p in parts], sum(map(len, parts)), ctx.needs_input_grad[4:]
         nll, dx = torch.empty(len(x), device=x.device), torch.zeros_like(x)
         dparts = [torch.zeros_like(p, dtype=torch.float32) if w else None for p, w in zip(parts, wanted)]
-        size = max(NLL.LEAST, NLL.CHUNK // (4 * sum(sizes)))
-        buffer = x.new_empty(min(size, len(x)), sum(sizes))     # fresh pages cost a fifth of the product
+        size = max(NLL.LEAST, NLL.CHUNK // (4 * V))
+        # Fresh pages cost a fifth of the product; GPUs want aligned rows.
+        buffer = x.new_empty(min(size, len(x)), math.ceil(V / 64) * 64)
         for i in range(0, len(x), size):
             xs, y = x[i:i + size], targets[i:i + size, None]
-            for part, columns in zip(parts, buffer[:len(xs)].split(sizes, dim=1)):
+            for part, columns in zip(parts, buffer[:len(xs), :V].split(sizes, dim=1)):
                 torch.mm(xs, part.T, out=columns)
             z = buffer[:len(xs)].float()                            # (chunk, V)
             z = z if softcap is None else z.div_(softcap).tanh_().mul_(softcap)
             slope = None if softcap is None else 1 - (z / softcap).square()             # of the cap
+            z[:, V:] = -math.inf
             correct, most = z.gather(1, y), z.amax(-1, keepdim=True)
             total = z.sub_(most).exp_().sum(-1, keepdim=True)       # from here on, z / total is the softmax
             lse = most + total.log()                                # (chunk, 1)
@@ -335,7 +337,7 @@ class NLL(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 g = z.mul_((1 + 2 * z_loss * lse) / total).scatter_add_(1, y, torch.full_like(lse, -1))
                 g = (g if slope is None else g.mul_(slope)).type_as(x)
-                for part, dpart, columns in zip(parts, dparts, g.split(sizes, dim=1)):
+                for part, dpart, columns in zip(parts, dparts, g[:, :V].split(sizes, dim=1)):
                     dx[i:i + size].addmm_(columns, part)
                     if dpart is not None:                           # chunks add up in float32
                         dpart.addmm_(columns.T, xs) if x.dtype == dpart.dtype else dpart.add_(columns.T @ xs)
@@ -437,7 +439,7 @@ class Transformer(nn.Module):
         x = self.model(ids, positions, documents, cache)            # (B, T, D)
         if targets is None:
             return self.logits(x)
-        if where is None:           # places of targets (N,); to find them is to wait for the GPU
+        if where is None:           # places of targets (N,); the GPU waits
             where = (targets != -100).flatten().nonzero()[:, 0]
         x, parts = x.flatten(0, 1)[where], self.tables[-1].parts()
         if torch.is_autocast_enabled(ids.device.type):              # in backward, types must agree

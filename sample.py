@@ -262,7 +262,7 @@ def export(run, folder):
 # ---- The tasks --------------------------------------------------------------------------------------------
 
 def rows_within(budget, c, slots, itemsize) -> int:
-    """How many rows have keys and values of at most `budget` bytes."""
+    """Rows whose keys and values take `budget` bytes."""
     return budget // (2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * itemsize * slots)
 
 

@@ -482,14 +482,14 @@ def forward_backward(model, batch, parts, z_loss, process):
     # In a mean of means, a caption's 20 targets would weigh as much as a drawing's 1024.
     number = process.sum(totals[1].sum())
     for part in range(parts):
-        some = data.Batch(*(x.chunk(parts)[part] for x in batch))
-        where = (some.targets != data.IGNORE).flatten().nonzero()[:, 0]     # on a GPU, one would wait
-        where, some = data.to_device(where, process.device), some.to(process.device)
+        some = [x.chunk(parts)[part] for x in batch]
+        some.append((some[1] != data.IGNORE).flatten().nonzero()[:, 0])     # a GPU would wait
+        ids, targets, positions, documents, tasks, where = (data.to_device(x, process.device) for x in some)
         model.require_backward_grad_sync = part == parts - 1        # as DDP's no_sync does
         with process.autocast():
-            nll = model(some.ids, some.targets, some.positions, some.documents, z_loss=z_loss, where=where)
+            nll = model(ids, targets, positions, documents, z_loss=z_loss, where=where)
         (nll.sum() * process.world / number).backward()             # averaged over the processes: a sum
-        totals[0].index_add_(0, some.tasks.flatten()[where], nll.detach().flatten()[where])
+        totals[0].index_add_(0, tasks.flatten()[where], nll.detach().flatten()[where])
     return process.sum(totals)
 
 
@@ -547,7 +547,7 @@ def orthogonalize(g, steps=5):
 
 
 def orthogonalize_all(g):
-    """orthogonalize; each process takes a share of the matrices."""
+    """orthogonalize, a share on each process."""
     if not dist.is_initialized():
         return orthogonalize(g)
     whole = nn.functional.pad(g, (0, 0, 0, 0, 0, -len(g) % dist.get_world_size()))
@@ -608,7 +608,7 @@ def step_all(optimizers, factor):
 # ---- Several devices: what wraps the model, which knows nothing of it -------------------------------------
 
 def prepare(blocks, compile, checkpointing):
-    """Compile blocks, and let them recompute their activations in backward."""
+    """Compile blocks, and recompute their activations."""
     def again(self, *args):
         return checkpoint(type(self).forward, self, *args, use_reentrant=False)
     for block in blocks:
