@@ -1,19 +1,22 @@
 """Speed and memory, as a table of ratios: each peer or limit is timed in turns with us, in the same run.
 
     python tests/bench.py                 # everything, some minutes; needs pip install -e ".[test]" diffusers
-    python tests/bench.py drawing loss    # some of its parts: drawing, bandwidth, loss, products, vqgan, loader
+    python tests/bench.py drawing loss    # some of its parts: drawing, bandwidth, loss, products, vqgan,
+                                          # loader, growth
     python tests/bench.py loader --tokenizer FOLDER     # a folder with the tokenizer.json of Gemma 3
 
 Every model is random, in float32, on the CPU; the number of threads is torch's own (OMP_NUM_THREADS).
 """
 
 import argparse
+import io
 import os
 import random
 import re
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -177,14 +180,16 @@ def peak(side, words):
     return float(done.stdout)
 
 
+def resident(name="VmRSS"):         # on Linux; VmHWM: the peak
+    return 1024 * int(re.search(rf"{name}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+
+
 def print_peak(side, words):
-    def status(name):       # on Linux
-        return 1024 * int(re.search(rf"{name}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
     step = loss_step(side, words)
     Path("/proc/self/clear_refs").write_text("5")       # forget the peak of building the model
-    before = status("VmRSS")
+    before = resident()
     step()
-    print(status("VmHWM") - before)
+    print(resident("VmHWM") - before)
 
 
 def loss():
@@ -308,10 +313,6 @@ def print_opening(folder):
     print(len(pictures), taken, grown)
 
 
-def resident():         # on Linux
-    return 1024 * int(re.search(r"VmRSS:\s*(\d+)", Path("/proc/self/status").read_text())[1])
-
-
 def loader(tokenizer_folder=None, rows=512):
     text, caption = said()
     own = data.WordTokenizer.learn([text, *(caption() for _ in range(1000))])
@@ -354,7 +355,53 @@ def loader(tokenizer_folder=None, rows=512):
                 f"{grown / 1e6:.0f} MB of memory; {size:.0f} bytes a picture on the disk")
 
 
-PARTS = {f.__name__: f for f in (drawing, bandwidth, loss, products, vqgan, loader)}
+# -----------------------------------------------------------------------------------------------------------
+# What a process needs to list pictures before they are encoded, and to read texts
+
+def make_source(folder, kind, number):
+    """-> a source of `number` captioned pictures, of which none is one; or so many passages of text."""
+    _, caption = said()
+    caption = caption()
+    if kind == "texts":
+        (folder / "x.txt").write_text("".join(f"{i} {caption}.\n" for i in range(number)))
+        return folder / "x.txt"
+    if kind == "rows of a .jsonl":
+        (folder / "x.jsonl").write_text("".join(f'{{"image": "{i}.png", "text": "{i} {caption}"}}\n'
+                                                for i in range(number)))
+        return folder / "x.jsonl"
+    with tarfile.open(folder / "x.tar", "w") as tar:
+        for i in range(number):
+            for suffix, raw in (("png", b"0"), ("txt", f"{i} {caption}".encode())):
+                info = tarfile.TarInfo(f"{i}.{suffix}")
+                info.size = len(raw)
+                tar.addfile(info, io.BytesIO(raw))
+    return folder / "x.tar"
+
+
+def print_growth(kind, path):
+    started, before = time.perf_counter(), resident()
+    items = data.read_texts(path) if kind == "texts" else data.read_pictures(path)
+    listed, peak = time.perf_counter() - started, resident("VmHWM") - before
+    started = time.perf_counter()
+    if kind != "texts":
+        train.fingerprint("bench", items)
+    print(len(items), listed, time.perf_counter() - started, peak)
+
+
+def growth():
+    for kind, most in (("rows of a .jsonl", 1_000_000), ("members of a .tar", 100_000), ("texts", 1_000_000)):
+        for number in (n for n in (10_000, 100_000, 1_000_000) if n <= most):
+            with tempfile.TemporaryDirectory() as folder:
+                path = make_source(Path(folder), kind, number)
+                command = [sys.executable, "-c", f"import bench; bench.print_growth({kind!r}, bench.Path({str(path)!r}))"]
+                done = subprocess.run(command, cwd=Path(__file__).parent, check=True, stdout=subprocess.PIPE)
+                found, listed, printed, peak = map(float, done.stdout.split())
+                row(f"seconds to list {found:,.0f} {kind}", listed, None,
+                    f"{1e6 * listed / found:.0f} us and {peak / found:,.0f} bytes each; fingerprint "
+                    f"{1e6 * printed / found:.0f} us each; the file has {path.stat().st_size / found:,.0f} bytes each")
+
+
+PARTS = {f.__name__: f for f in (drawing, bandwidth, loss, products, vqgan, loader, growth)}
 
 
 def main(argv=None):
