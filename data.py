@@ -569,9 +569,9 @@ def hold_out(items, key):
 
 
 def passages(text, length=160) -> list[str]:
-    """Cut a text at line ends into passages of about length characters; long lines at spaces."""
+    """Cut a text, or a Path's lines, into passages of about length characters; long lines at spaces."""
     result = [""]
-    for line in text.splitlines(keepends=True):
+    for line in text.open(encoding="utf-8-sig") if isinstance(text, Path) else text.splitlines(True):
         # up to a space, a part of a word longer than a passage, or the space before such a word
         for part in re.findall(rf".{{1,{length}}}(?:\s|$)|\S{{{length}}}|.", line, re.DOTALL):
             if len(result[-1]) + len(part) > length:
@@ -583,9 +583,9 @@ def passages(text, length=160) -> list[str]:
 def read_texts(path, length=160) -> list[str]:
     """A .txt, or a .jsonl with `text` in every line -> passages of about length characters."""
     path, result = Path(path), []
-    rows = read_jsonl(path) if path.suffix == ".jsonl" else [(1, {"text": read_utf8(path)})]
+    rows = read_jsonl(path) if path.suffix == ".jsonl" else [(1, {"text": path})]
     for number, row in rows:
-        with naming(f"{path}, line {number}", 'not {"text": ...}'):
+        with naming(f"{path}, line {number}", "no readable text"):
             result += passages(row["text"], length)
     if not result:
         raise ValueError(f"{path}: no text in it")
@@ -873,7 +873,7 @@ class Loader:
             codes = self.perturb(codes, torch.Generator().manual_seed(rng.getrandbits(63)))
         return render_t2i(*common, words, codes)
 
-    length = lru_cache(2 ** 16)(lambda self, *key: len(self.render(*key)[0]))       # of those that wait
+    length = lru_cache(2 ** 16)(lambda self, *key: len(self.render(*key)[0]))       # while it waits
 
     def fill(self, row):
         """First-fit packing -> (task, ids, targets) of each; examples without room wait."""
