@@ -613,7 +613,7 @@ def prepare(blocks, compile, checkpointing):
         return checkpoint(type(self).forward, self, *args, use_reentrant=False)
     for block in blocks:
         if checkpointing:
-            block.forward = again.__get__(block)            # a method: one program for all
+            block.forward = again.__get__(block)            # one program for all
         if compile:
             block.forward = torch.compile(block.forward)
 

@@ -98,10 +98,23 @@ def gradients_of_two(process, folder):
             assert torch.allclose(train.unshard(p.grad), q.grad, atol=1e-7)
         with train.unsharded(model):        # rank 0 alone may use the model, as it does when it draws
             assert process.rank or torch.allclose(model(batch.ids), one(batch.ids), atol=1e-5)
+        if flags:
+            moments_after_a_restart(model, process, folder / "model.pt")
+
+
+def moments_after_a_restart(model, process, path):
+    networks = {"model": (model, train.make_optimizers([], model.named_parameters(), 0.0, 0.0))}
+    train.step_all(networks["model"][1], 1.0)
+    train.save_checkpoint(path, process, networks, step=1)
+    process.wait()
+    assert train.restore(train.read_checkpoint(path, mmap=True), path, networks) == 1
+    for state in networks["model"][1][0].state.values():
+        part = state["exp_avg"].to_local()
+        assert part.untyped_storage().nbytes() == part.nbytes, "a view of the whole, which stays in memory"
 
 
 def test_gradients_of_two_processes_are_those_of_one_with_and_without_shards(tmp_path):
-    """Gradients are averaged wrongly or, of the table, not reduced; a norm is that of a shard."""
+    """Gradients are averaged wrongly or, of the table, not reduced; a norm is of a shard; moments stay whole."""
     two_processes(gradients_of_two, tmp_path)
 
 
