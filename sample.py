@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import random
 import shutil
 import sys
 from contextlib import suppress
@@ -86,12 +87,13 @@ def compiled(device_type):
 
 @torch.inference_mode()
 def generate(model, prompts, n, allowed=None, negatives=None, guidance=1.0, temperature=1.0, top_k=0,
-             top_p=1.0, stop=None, generator=None, compile=False):
+             top_p=1.0, stop=None, generator=None, compile=False, forbidden=None):
     """Continue prompts (lists of ids) by n tokens -> ids (B, n); after a token of `stop`, a row repeats it.
 
     allowed    (first, past_last) rows of the table to choose from; None: all
     negatives  what guidance leads away from, one for each prompt
     generator  a torch.Generator on the model's device, or one for each prompt
+    forbidden  (first, past_last) of the allowed rows that are not to be chosen
     """
     table = model.config.vocab_size + model.config.image_rows
     first, past_last = allowed or (0, table)
@@ -111,6 +113,8 @@ def generate(model, prompts, n, allowed=None, negatives=None, guidance=1.0, temp
         for i in range(n):
             logits = model.logits(x, (first, past_last))            # (B, V), or (2B, V) when guided
             logits = guide(logits, guidance) if guided else logits  # (B, V)
+            if forbidden:
+                logits[:, max(0, forbidden[0] - first):max(0, forbidden[1] - first)] = -math.inf
             ids = first + choose(logits, uniform[:, i], temperature, top_k, top_p)
             ids = out[:, i] = torch.where(ended, out[:, i - 1], ids)    # nothing has ended at i = 0
             if stop:
@@ -260,7 +264,7 @@ def export(run, folder):
 
 # ---- The tasks --------------------------------------------------------------------------------------------
 
-def in_batches(run, prompts, n, allowed, s, numbers=None, negative=None, stop=None):
+def in_batches(run, prompts, n, allowed, s, numbers=None, negatives=None, **options):
     """Yield the ids (B, n) that generate returns for s.batch prompts at a time."""
     longest, most = max(map(len, prompts), default=0), run.model.config.max_position_embeddings
     if longest + n > most:
@@ -270,19 +274,31 @@ def in_batches(run, prompts, n, allowed, s, numbers=None, negative=None, stop=No
         part = prompts[i:i + s.batch]
         # An odd factor keeps seeds apart in the 32 bits that CPUs use.
         seeds = [s.seed * 1_000_003 + number for number in numbers[i:i + s.batch]]
-        yield generate(run.model, part, n, allowed, negative and [negative] * len(part), s.guidance,
-                       s.temperature, s.top_k, s.top_p, stop,
-                       [torch.Generator(run.model.device).manual_seed(seed) for seed in seeds], run.compile)
+        generators = [torch.Generator(run.model.device).manual_seed(seed) for seed in seeds]
+        yield generate(run.model, part, n, allowed, negatives and negatives[i:i + s.batch], s.guidance,
+                       s.temperature, s.top_k, s.top_p, generator=generators, compile=run.compile, **options)
 
 
-def text_to_image(run, prompts, sampling=None, numbers=None):
-    """Prompts -> images; each has a seed of its own from its number (0, 1, ... unless given)."""
-    (h, w), rows, images = run.grid, run.vocab.image_rows, []
-    negative, *positives = [data.render_t2i(run.vocab, run.tokenizer, p)[0] for p in (None, *prompts)]
-    for ids in in_batches(run, positives, h * w, rows, sampling or run.sampling, numbers, negative):
-        codes = run.vocab.ids_to_codes(ids).view(-1, h, w)
-        images += [data.to_image(pixels) for part in codes.split(8) for pixels in run.vqgan.decode(part)]
+def text_to_image(run, prompts, sampling=None, numbers=None, begin=None, rows=0):
+    """Prompts -> images; each has a seed of its own from its number (0, 1, ... unless given).
+
+    Begun with the first `rows` rows of codes of the image `begin`; None for a prompt goes on freely.
+    """
+    if not 0 <= rows < run.grid[0]:
+        raise ValueError(f"--rows {rows}: a picture has {run.grid[0]} rows of codes")
+    begun = run.vocab.codes_to_ids(encode(run, [begin])[0][:rows]).flatten().tolist() if begin else []
+    negative, *positives = [data.render_t2i(run.vocab, run.tokenizer, p)[0] + begun for p in (None, *prompts)]
+    images = []
+    for ids in in_batches(run, positives, math.prod(run.grid) - len(begun), run.vocab.image_rows,
+                          sampling or run.sampling, numbers, [negative] * len(positives)):
+        images += decode(run, torch.cat([ids.new_tensor(begun).expand(len(ids), -1), ids], dim=1))
     return images
+
+
+def decode(run, ids):
+    """Ids of pictures (B, h * w) -> images."""
+    codes = run.vocab.ids_to_codes(ids).view(-1, *run.grid)
+    return [data.to_image(pixels) for part in codes.split(8) for pixels in run.vqgan.decode(part)]
 
 
 def pixels_of(run, images):
@@ -297,34 +313,80 @@ def encode(run, images):
     return [codes for part in parts for codes in run.vqgan.encode(pixels_of(run, part))]
 
 
-def write(run, prompts, n, sampling=None):
-    """Continue prompts (lists of ids) with up to n tokens of text, usually greedily."""
-    room = run.model.config.max_position_embeddings - max(map(len, prompts), default=0)
-    s, n = sampling or replace(run.sampling, temperature=0.0), max(1, min(n, room))
-    stop, texts = {run.vocab.eos, *run.tokenizer.stops}, []
-    for ids in in_batches(run, prompts, n, (0, run.vocab.image_start), s, stop=stop):
+def write(run, prompts, n, sampling=None, draw=False):
+    """Continue prompts (lists of ids), usually greedily -> ids of words, up to the end; draw: or to <boi>."""
+    v, room = run.vocab, run.model.config.max_position_embeddings - max(map(len, prompts), default=0)
+    s, stop = sampling or replace(run.sampling, temperature=0.0), {v.eos, v.boi, *run.tokenizer.stops}
+    rows, n = (0, max(v.image_start, v.boi + 1) if draw else v.image_start), max(1, min(n, room))
+    for ids in in_batches(run, prompts, n, rows, s, stop=stop, forbidden=v.image_rows if draw else None):
         for row in ids.tolist():
-            texts.append(run.tokenizer.decode(list(itertools.takewhile(lambda i: i not in stop, row))))
-    return texts
+            yield row[:1 + next((i for i, token in enumerate(row) if token in stop), n)]
+
+
+def texts(run, prompts, n, sampling):
+    said = write(run, prompts, n, sampling)
+    return [run.tokenizer.decode([i for i in ids if i not in (run.vocab.eos, run.vocab.boi)]) for ids in said]
 
 
 def caption(run, images, sampling=None, n=80):
     """Images -> captions."""
     prompts = [data.render_i2t(run.vocab, run.tokenizer, codes)[0] for codes in encode(run, images)]
-    return write(run, prompts, n, sampling)
+    return texts(run, prompts, n, sampling)
+
+
+def complete(run, beginnings, sampling=None, n=60):
+    """Beginnings -> the text that follows each."""
+    prompts = [data.render_text(run.vocab, run.tokenizer, text, ended=False)[0] for text in beginnings]
+    return texts(run, prompts, n, sampling)
+
+
+def replies(run, dialogues, sampling=None, n=80, draw=False):
+    """Dialogues of turns (question, reply), the last reply None -> its parts: words and images.
+
+    The parts of a question are words, images and data.Pictures. draw: a reply begins with an image.
+    """
+    v, number, s = run.vocab, math.prod(run.grid), sampling or run.sampling
+    seen = {id(p): p for turns in dialogues for p in data.parts_of(turns) if not isinstance(p, str)}
+    opened = [p.open() if isinstance(p, data.Picture) else p for p in seen.values()]
+    codes = dict(zip(seen, encode(run, opened)))
+    coded = [[[side and [codes.get(id(p), p) for p in side] for side in turn] for turn in turns]
+             for turns in dialogues]
+    prompts = [data.render_dialogue(v, run.tokenizer, turns)[0] for turns in coded]
+    parts, rows, most = [[] for _ in prompts], range(len(prompts)), run.model.config.max_position_embeddings
+    while rows:
+        if draw:
+            drawn = in_batches(run, [prompts[i] + [v.boi] for i in rows], number, v.image_rows, s)
+            for i, ids in zip(rows, itertools.chain(*drawn)):
+                prompts[i] += [v.boi, *ids.tolist(), v.eoi]
+                parts[i] += decode(run, ids[None])
+        said, rows, draw = zip(rows, write(run, [prompts[i] for i in rows], n, sampling, True)), [], True
+        for i, ids in said:
+            if words := run.tokenizer.decode([j for j in ids if j not in (v.eos, v.boi)]).strip():
+                parts[i].append(words)
+            prompts[i] += ids[:-1]
+            if ids[-1] == v.boi and len(prompts[i]) + number + 2 < most:
+                rows.append(i)
+    return parts
+
+
+def reply(run, messages, sampling=None, n=80):
+    """Messages in the layout of transformers' chat templates -> the reply's parts: words and images."""
+    turns = data.read_dialogue(messages, lambda x: data.load_image(x) if isinstance(x, (str, Path)) else x)
+    return replies(run, [turns], sampling, n)[0]
 
 
 def answer(run, images, questions, sampling=None, n=40):
-    """Images and a question about each -> answers."""
-    prompts = [data.render_vqa(run.vocab, run.tokenizer, codes, [(question, None)])[0]
-               for codes, question in zip(encode(run, images), questions, strict=True)]
-    return [text.strip() for text in write(run, prompts, n, sampling)]
+    """Images, or lists of them, and a question about each -> answers."""
+    dialogues = [[([*(image if isinstance(image, list) else [image]), question], None)]
+                 for image, question in zip(images, questions, strict=True)]
+    said = replies(run, dialogues, sampling, n)
+    return [" ".join(part for part in parts if isinstance(part, str)) for parts in said]
 
 
-def complete(run, texts, sampling=None, n=60):
-    """Beginnings -> the text that follows each."""
-    prompts = [data.render_text(run.vocab, run.tokenizer, text, ended=False)[0] for text in texts]
-    return write(run, prompts, n, sampling)
+def edit(run, images, instructions, sampling=None):
+    """Images and an instruction for each -> the images that it makes of them."""
+    dialogues = [[([image, words], None)] for image, words in zip(images, instructions, strict=True)]
+    return [parts[0] for parts in replies(run, dialogues, sampling, draw=True)]
 
 
 # ---- Scores -----------------------------------------------------------------------------------------------
@@ -378,13 +440,35 @@ def score_pictures(run, pictures, graded):
 
 
 def score_answers(run, pictures):
-    """The share of exact answers to one question about each picture."""
-    asked = [(p, *p.dialogues[i % len(p.dialogues)][0]) for i, p in enumerate(pictures) if p.dialogues]
+    """The share of exact answers to the first question of a dialogue about each picture."""
+    asked = [p.dialogues[i % len(p.dialogues)][0] for i, p in enumerate(pictures) if p.dialogues]
     blank, most = torch.zeros(run.grid, dtype=torch.long), run.model.config.max_position_embeddings
-    asked = [x for x in asked                                       # training left out longer ones, too
-             if len(data.render_vqa(run.vocab, run.tokenizer, blank, [(x[1], None)])[0]) < most]
-    said = answer(run, [p.open() for p, _, _ in asked], [question for _, question, _ in asked])
-    return mean(a == b for a, (_, _, b) in zip(said, asked))
+    def fits(question):                 # training left out longer ones, too
+        parts = [part if isinstance(part, str) else blank for part in question]
+        return len(data.render_dialogue(run.vocab, run.tokenizer, [(parts, None)])[0]) < most
+    asked = [(question, " ".join(reply)) for question, reply in asked if fits(question)]
+    said = replies(run, [[(question, None)] for question, _ in asked], n=40)
+    return mean(parts == [right] for parts, (_, right) in zip(said, asked))
+
+
+def score_scenes(run, pictures):
+    """Shares of exact answers by kind of question."""
+    scores = {}
+    for kind in ("place", "named", "exists"):
+        rngs = [random.Random(p.key) for p in pictures]
+        asked = [rng.choice(data.questions(p.scene, rng)[kind]) for p, rng in zip(pictures, rngs)]
+        said = answer(run, [p.open() for p in pictures], [question for question, _ in asked])
+        scores[f"vqa_{kind}"] = mean(a == right for a, (_, right) in zip(said, asked))
+    return scores
+
+
+def score_edits(run, pictures):
+    """Shares of pictures that are edited exactly, and in which all else is as before."""
+    edits = [(*question, *reply) for p in pictures for (question, reply), in p.edits[:1]]
+    drawn = edit(run, [before.open() for before, _, _ in edits], [words for _, words, _ in edits])
+    scenes = [(data.grade(image), a.scene, b.scene) for image, (a, _, b) in zip(drawn, edits)]
+    return (mean(found == wanted for found, _, wanted in scenes),
+            mean(before.facts() & wanted.facts() <= found.facts() for found, before, wanted in scenes))
 
 
 def readable(picture) -> bool:
@@ -396,14 +480,24 @@ def readable(picture) -> bool:
 def score(run, splits, n=200) -> dict:
     """All scores of a run on held-out examples; None for those that a source cannot give."""
     val, unseen = splits["val"], splits.get("unseen", data.Split([], []))       # built-in data have both
-    pictures = list(itertools.islice(filter(readable, val.pictures), n))
-    own, new = (score_pictures(run, some, "unseen" in splits) for some in (pictures, unseen.pictures[:n]))
+    built_in = "unseen" in splits
+    pictures = (p for p in val.pictures if p.captions or not built_in)
+    pictures = list(itertools.islice(filter(readable, pictures), n))
+    new = [p for p in unseen.pictures if p.captions][:n]
+    own, new = (score_pictures(run, some, built_in) for some in (pictures, new))
+    edited, unchanged = score_edits(run, pictures if built_in else [])
+    new_edits, _ = score_edits(run, [p for p in unseen.pictures if not p.captions][:n])
+    pairs = data.PAIRS[run.config.get("withheld", 0):] if built_in else []
+    colors = complete(run, [f"The color of every {color} {shape} is" for color, shape in pairs], n=4)
     nll, _ = losses(run.model, [data.render_text(run.vocab, run.tokenizer, text) for text in val.texts])
     size = sum(len(text.encode()) for text in val.texts)
-    return {"n": len(pictures), **own, "vqa": score_answers(run, pictures),
+    return {"n": len(pictures), **own, "edit_exact": edited, "edit_unchanged": unchanged,
+            "vqa": score_answers(run, pictures), **score_scenes(run, pictures if built_in else []),
+            "text_color": mean(said.startswith(f" {color}.") for said, (color, _) in zip(colors, pairs)),
             "text_bits_per_byte": float(nll.sum()) / math.log(2) / size if size else None,
             "reconstruction_unseen_combinations": new["reconstruction_exact"],
-            "t2i_unseen_combinations": new["t2i_exact"], "caption_unseen_combinations": new["caption_exact"]}
+            "t2i_unseen_combinations": new["t2i_exact"], "caption_unseen_combinations": new["caption_exact"],
+            "edit_unseen_combinations": new_edits}
 
 
 def print_scores(scores):
@@ -446,8 +540,14 @@ def parser():
     p.add_argument("--prompts", metavar="FILE", help="one prompt a line")
     p.add_argument("--save-dir", "--save_dir", default="drawn", metavar="DIR")
     add("i2t", help="caption").add_argument("pictures", nargs="+")
-    p = add("vqa", help="answer a question")
+    p.add_argument("--begin", metavar="PICTURE", help="keep its first --rows of codes and draw the rest")
+    p.add_argument("--rows", type=int, default=1)
+    p = add("edit", help="edit a picture by words")
     p.add_argument("picture")
+    p.add_argument("instruction")
+    p.add_argument("--out", default="out.png")
+    p = add("vqa", help="answer a question")
+    p.add_argument("pictures", nargs="+")
     p.add_argument("question")
     add("text", help="continue").add_argument("beginning")
     add("eval", help="score on held-out examples")
@@ -460,8 +560,8 @@ def main(argv=None):
     try:
         if args.n is not None and args.n < 1:
             raise ValueError(f"--n {args.n}: expected a number from 1")
-        if args.command == "t2i" and not (args.prompt or args.prompts):
-            raise ValueError("t2i needs a prompt, or --prompts FILE")
+        if args.command == "t2i" and not (args.prompt or args.prompts or args.begin):
+            raise ValueError("t2i needs a prompt, --prompts FILE or --begin PICTURE")
         dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
         run = load(args.run, args.vqgan, args.device, dtype)
         given = {k: v for k in vars(run.sampling) if (v := getattr(args, k)) is not None}
@@ -470,13 +570,18 @@ def main(argv=None):
         if args.command == "t2i" and args.prompts:
             draw_all(run, args.prompts, args.save_dir)
         elif args.command == "t2i":
-            text_to_image(run, [args.prompt])[0].save(args.out)
+            begin = data.load_image(args.begin) if args.begin else None
+            text_to_image(run, [args.prompt], begin=begin, rows=args.rows if begin else 0)[0].save(args.out)
+            print(args.out)
+        elif args.command == "edit":
+            edit(run, [data.load_image(args.picture)], [args.instruction])[0].save(args.out)
             print(args.out)
         elif args.command == "i2t":
             for text in caption(run, [data.load_image(file) for file in args.pictures], *words):
                 print(" ".join(text.split()))
         elif args.command == "vqa":
-            print(answer(run, [data.load_image(args.picture)], [args.question], *words)[0])
+            images = [data.load_image(file) for file in args.pictures]
+            print(answer(run, [images], [args.question], *words)[0])
         elif args.command == "text":
             print(args.beginning + complete(run, [args.beginning], *words)[0])
         elif args.command == "export":

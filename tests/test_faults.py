@@ -293,7 +293,7 @@ def test_an_evil_shard_is_made_again_and_runs_nothing(few, copy):
     path = copy / "codes" / "val-00000.pt"
     torch.save({"format": data.FORMAT, "rows": Evil(copy / "evil")}, path)
     train.main(["--out", str(copy), "--resume"])
-    assert not (copy / "evil").exists() and len(torch.load(path, weights_only=True)["codes"]) == 4
+    assert not (copy / "evil").exists() and len(torch.load(path, weights_only=True)["codes"]) == 8     # each scene and its edit
 
 
 # -----------------------------------------------------------------------------------------------------------
