@@ -355,10 +355,11 @@ def replies(run, dialogues, sampling=None, n=80, draw=False):
     parts, rows, most = [[] for _ in prompts], range(len(prompts)), run.model.config.max_position_embeddings
     while rows:
         if draw:
-            drawn = in_batches(run, [prompts[i] + [v.boi] for i in rows], number, v.image_rows, s)
-            for i, ids in zip(rows, itertools.chain(*drawn)):
-                prompts[i] += [v.boi, *ids.tolist(), v.eoi]
-                parts[i] += decode(run, ids[None])
+            begun = [prompts[i] + [v.boi] for i in rows]
+            drawn = torch.cat([*in_batches(run, begun, number, v.image_rows, s)])
+            for i, ids, image in zip(rows, drawn.tolist(), decode(run, drawn)):
+                prompts[i] += [v.boi, *ids, v.eoi]
+                parts[i].append(image)
         said, rows, draw = zip(rows, write(run, [prompts[i] for i in rows], n, sampling, True)), [], True
         for i, ids in said:
             if words := run.tokenizer.decode([j for j in ids if j not in (v.eos, v.boi)]).strip():
@@ -452,13 +453,12 @@ def score_answers(run, pictures):
 
 
 def score_scenes(run, pictures):
-    """Shares of exact answers by kind of question."""
-    scores = {}
+    """Shares of exact answers, by kind of question."""
+    scores, rngs = {}, [random.Random(p.key) for p in pictures]
     for kind in ("place", "named", "exists"):
-        rngs = [random.Random(p.key) for p in pictures]
         asked = [rng.choice(data.questions(p.scene, rng)[kind]) for p, rng in zip(pictures, rngs)]
         said = answer(run, [p.open() for p in pictures], [question for question, _ in asked])
-        scores[f"vqa_{kind}"] = mean(a == right for a, (_, right) in zip(said, asked))
+        scores[f"vqa_{kind}"] = mean(a == reply for a, (_, reply) in zip(said, asked))
     return scores
 
 

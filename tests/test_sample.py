@@ -329,7 +329,8 @@ def test_every_score_is_what_is_counted_by_hand(monkeypatch):
             model.learn(data.render_t2i(*common, words), data.render_t2i(*common, words, drawn))
             model.learn(data.render_i2t(*common, seen),
                         data.render_i2t(*common, seen, words + " or not" if i < misread else words))
-            asked = itertools.chain(*data.questions(p.scene, random.Random(p.key)).values())
+            asked = itertools.chain(*(itertools.chain(*data.questions(p.scene, random.Random(n)).values())
+                                      for n in range(20)))         # all near misses among them
             for question, answer in [*asked, *((talk[0][0][1], talk[0][1][0]) for talk in p.dialogues)]:
                 reply = "no idea" if i < misheard else answer
                 model.learn(data.render_dialogue(*common, [([seen, question], None)]),
