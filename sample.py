@@ -546,7 +546,10 @@ def server(explain, words, port):
             self.send_header("Content-Type", "text/html; charset=utf-8")
             self.end_headers()
             self.wfile.write(page(found | {"asked": asked, "letters": LETTERS}))
-    return http.server.HTTPServer(("127.0.0.1", port), Handler)
+    try:
+        return http.server.HTTPServer(("127.0.0.1", port), Handler)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"--serve {port}: {error}") from None
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -73,15 +73,16 @@ def test_the_numbers_of_a_drawing_are_those_of_each_step_computed_alone(run):   
     assert [text for _, text in found["prompt"]][0] == "bos" and found["prompt"][-1][1] == "<boi>"
 
 
-@pytest.mark.parametrize("grid", [(2, 2), (3, 5)])
+@pytest.mark.parametrize("grid", [(2, 2), (3, 5), pytest.param((17, 16), marks=pytest.mark.slow)])
 def test_a_picture_so_far_knows_no_code_that_is_still_to_come(run, grid):       # noqa: F811
     """Frames that show the future, or cells of the picture that come in another order than the codes."""
     run = guided(run, grid)
     found = sample.explain_drawing(run, "a red circle")
     frames = [np.asarray(open_url(url), int) for url in found["frames"]]
-    h, w = grid
+    (h, w), exact = grid, len(found["ids"]) <= 64
+    assert len(frames) == (h * w if exact else h)       # a large grid comes row by row
     codes = torch.tensor([code for _, code in found["ids"]])
-    for i, frame in enumerate(frames):
+    for i, frame in zip(range(h * w) if exact else range(w - 1, h * w, w), frames, strict=True):
         assert frame.shape == (8 * h, 8 * w, 3)
         guess = codes[:i + 1].tolist()
         while len(guess) < h * w:
@@ -89,7 +90,9 @@ def test_a_picture_so_far_knows_no_code_that_is_still_to_come(run, grid):       
         wanted = np.array(data.to_image(run.vqgan.decode(torch.tensor(guess).view(1, h, w))), int)
         for k in range(i + 1, h * w):
             wanted[k // w * 8:k // w * 8 + 8, k % w * 8:k % w * 8 + 8] = 255
-        assert np.abs(frame - wanted).max() <= 1
+        difference = frame - wanted
+        cells = np.abs(difference.reshape(h, 8, w, 8, 3).mean((1, 3, 4)))           # keep their color when compressed
+        assert np.abs(difference).max() <= 1 if exact else cells.max() < 8
 
 
 def test_the_words_of_a_picture_are_those_of_the_other_commands(run):       # noqa: F811
@@ -105,6 +108,9 @@ def test_the_words_of_a_picture_are_those_of_the_other_commands(run):       # no
         assert [sum(p) + rest for (p,), (rest,) in zip(found["p"], found["others"])] == pytest.approx([1] * len(ids), abs=1e-3)
         codes = sample.encode(run, [image])[0].flatten().tolist()
         assert [x for _, x in found["prompt"] if isinstance(x, int)] == codes
+        ending = dataclasses.replace(run, vocab=dataclasses.replace(run.vocab, eos=ids[2]))     # shown, too
+        again = sample.explain_words(ending, image, question or "", greedy, 9)["ids"]
+        assert [i for i, _ in again] == ids[:ids.index(ids[2]) + 1]
 
 
 def test_no_words_end_the_script_of_the_page(run):      # noqa: F811
@@ -156,6 +162,9 @@ def test_a_server_explains_the_words_of_its_field_and_refuses_in_a_sentence(serv
         except urllib.error.HTTPError as error:
             return error.code, in_page(error.read())
     assert served.server_address[0] == "127.0.0.1"
+    for port in (served.server_port, 70_000):
+        with pytest.raises(ValueError, match=f"--serve {port}: "):
+            sample.server(None, "", port)
     assert [get(query)[1]["words"] for query in ("", "?words=a+red", "?words=")] == [
         ["a", "circle"], ["a", "red"], []]
     assert get("?words=" + urllib.parse.quote(EVIL))[1]["asked"] == EVIL
@@ -244,7 +253,7 @@ def test_a_browser_asks_the_server(served, browser):
     for words in ("a red", 'a "red" <b>circle</b>'):
         tab.fill("#words", words)
         tab.click("#go")
-        tab.wait_for_function("words => document.querySelector('#title').textContent.includes(words)", arg=words)
+        tab.wait_for_function("words => document.querySelector('#title')?.textContent.includes(words)", arg=words)
     tab.goto(f"http://127.0.0.1:{served.server_port}/?words={'x' * 301}")
     assert "301 letters" in tab.inner_text("#error") and not tab.is_visible("#main")
     tab.close()
