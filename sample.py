@@ -6,6 +6,9 @@
     python sample.py i2t picture.png more.png                               # one caption a line
     python sample.py vqa picture.png "how many shapes are there?"
     python sample.py text "A yield expression"
+    python sample.py page "a small red star at the top left on a navy background" --out page.html
+    python sample.py page picture.png "how many shapes are there?"          # how it came about, for a browser
+    python sample.py page "a red star" --serve 8000                         # with a field for other prompts
     python sample.py eval --run runs/demo                                   # a table, and one JSON line last
     python sample.py export FOLDER --run runs/demo                          # a Hugging Face folder
 
@@ -13,7 +16,10 @@ B rows   T positions   V rows of the table to choose from   k of them kept   D h
 """
 
 import argparse
+import base64
 import functools
+import http.server
+import io
 import itertools
 import json
 import math
@@ -21,6 +27,7 @@ import os
 import random
 import shutil
 import sys
+import urllib.parse
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -506,6 +513,130 @@ def print_scores(scores):
     print(json.dumps({name: round(v, 4) if isinstance(v, float) else v for name, v in scores.items()}))
 
 
+# ---- The page: how a drawing, a caption or an answer came about, as one file for any browser --------------
+
+PAGE = Path(__file__).parent / "assets" / "page.html"
+SHOWN, LETTERS = 6, 300         # candidates for each token; the longest words that --serve takes
+
+
+def as_url(pixels, **options):
+    """pixels (3, H, W) -> a URL that holds the picture."""
+    image, file = data.to_image(pixels), io.BytesIO()
+    image.thumbnail((256, 256))
+    image.save(file, "WEBP", **options)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def rounded(x):
+    return x.cpu().double().round(decimals=4).tolist()
+
+
+def name_ids(run, ids):
+    """Ids -> [id, its text, or its code as a number] of each."""
+    v, (first, past_last) = run.vocab, run.vocab.image_rows
+    texts = {i: i - first for i in range(first, past_last)} | {
+        v.bos: "bos", v.eos: "eos", v.boi: "<boi>", v.eoi: "<eoi>", v.uncond: "<unconditional>"}
+    return [[i, texts[i] if i in texts else run.tokenizer.decode([i])] for i in ids]
+
+
+def logits_behind(run, prompt, ids, rows):
+    """Logits (T, V) of the rows from which ids (T,) were chosen behind a prompt; one pass gives all."""
+    whole = torch.tensor([[*prompt, *ids.tolist()]], device=run.model.device)
+    return run.model.logits(run.model.model(whole)[0, len(prompt) - 1:-1], rows)
+
+
+def candidates(run, ids, first, temperature, *kinds):
+    """The chosen ids (T,) and the likeliest others; kinds of logits (T, V), the last of which decide."""
+    z, chosen = torch.stack(kinds), ids[:, None] - first                                    # (S, T, V)
+    shown = z[-1].scatter(1, chosen, math.inf).topk(min(SHOWN, z.shape[-1])).indices        # (T, k)
+    p, at = (z / (temperature or 1)).softmax(-1), shown.expand(len(z), -1, -1)
+    numbers = dict(logits=z.gather(-1, at), p=p.gather(-1, at), others=p.scatter(-1, at, 0).sum(-1))
+    return {"shown": [name_ids(run, row) for row in (shown + first).tolist()],
+            "ids": name_ids(run, ids.tolist()), **{k: rounded(x.transpose(0, 1)) for k, x in numbers.items()}}
+
+
+@torch.inference_mode()
+def explain_drawing(run, prompt):
+    """All that the page shows of how a prompt is drawn."""
+    (h, w), rows, s, f = run.grid, run.vocab.image_rows, run.sampling, run.vqgan.config.f
+    words, t = prompt.split(), s.temperature or 1
+    texts = [prompt, None, *(" ".join(words[:i] + words[i + 1:]) for i in range(len(words)))]
+    given, negative, *shorter = [data.render_t2i(run.vocab, run.tokenizer, text)[0] for text in texts]
+    ids = next(in_batches(run, [given], h * w, rows, s, negatives=[negative]))[0]           # (T,)
+    with run.model.constant_rows():
+        c, u = (logits_behind(run, x, ids, rows) for x in (given, negative))                # (T, V)
+        p = (c / t).softmax(-1)
+        moved = [((logits_behind(run, x, ids, rows) / t).softmax(-1) - p).abs().sum(-1) / 2 for x in shorter]
+    found = candidates(run, ids, rows[0], t, u, c, guide(torch.cat([c, u]), s.guidance))
+    codes, k = run.vocab.ids_to_codes(ids), torch.arange(h * w, device=ids.device)
+    # The decoder looks at neighbors: in place of a code to come stands the one above it, or the last one.
+    done = k[:, None] if h * w <= 256 else k[w - 1::w, None]        # a larger grid comes row by row
+    above = k - (k - done + w - 1).clamp(min=0) // w * w
+    so_far = codes[torch.where(above < 0, done, above)].view(-1, h, w)
+    hidden = (k > done).view(-1, 1, h, w).repeat_interleave(f, 2).repeat_interleave(f, 3)
+    frames = torch.cat([run.vqgan.decode(part) for part in so_far.split(8)]).masked_fill(hidden, 1)
+    patches = []                        # of the candidates, each in its place in the finished picture
+    for (y, x), row in zip(itertools.product(range(h), range(w)), found["shown"]):
+        top, left = max(0, min(y - 3, h - 7)), max(0, min(x - 3, w - 7))
+        around = codes.view(h, w)[top:top + 7, left:left + 7].repeat(len(row), 1, 1)        # (k, 7, 7)
+        around[:, y - top, x - left] = torch.tensor([code for _, code in row])
+        patches.append(run.vqgan.decode(around).unfold(2, f, f).unfold(3, f, f)[:, :, y - top, x - left])
+    scales = sorted({1.0, 1.5, 3.0, 7.0, s.guidance})
+    drawn = [data.to_pixels(text_to_image(run, [prompt], replace(s, guidance=g))[0]) for g in scales]
+    small = functools.partial(as_url, **{"lossless": True} if h * w <= 64 else {"quality": 75})
+    return found | dict(
+        task="t2i", words=words, grid=run.grid, s=asdict(s), first=rows[0], moved=[rounded(x) for x in moved],
+        frames=[small(x) for x in frames], patches=[[small(x) for x in row] for row in patches],
+        scales=[[g, small(x)] for g, x in zip(scales, drawn)], prompt=name_ids(run, given),
+        negative=name_ids(run, negative), end=name_ids(run, [run.vocab.eoi, run.vocab.eos]))
+
+
+@torch.inference_mode()
+def explain_words(run, image, question, s, n):
+    """All that the page shows of how an image gets its caption, or a question its answer."""
+    codes, common, rows = encode(run, [image])[0], (run.vocab, run.tokenizer), (0, run.vocab.image_start)
+    prompt = (data.render_dialogue(*common, [([codes, question], None)]) if question else
+              data.render_i2t(*common, codes))[0]
+    ids = torch.tensor(next(write(run, [prompt], n, s)), device=run.model.device)
+    seen = pixels_of(run, [image])[0], run.vqgan.decode(codes[None])[0]
+    return candidates(run, ids, 0, s.temperature, logits_behind(run, prompt, ids, rows)) | dict(
+        task="vqa" if question else "i2t", words=question.split(), grid=run.grid, s=asdict(s),
+        frames=[as_url(x, lossless=True) for x in seen], prompt=name_ids(run, prompt), first=rows[1])
+
+
+def page(found) -> bytes:
+    """The page with what was found as JSON, in which no text can end the script."""
+    if not PAGE.exists():
+        raise ValueError(f"{PAGE}: no such file; `page` needs a clone of the repository")
+    return data.read_utf8(PAGE).replace("PAGE_DATA", json.dumps(found).replace("<", "\\u003c")).encode()
+
+
+def server(explain, words, port):
+    """For browsers on this machine: one thread explains `words`, or those in the text field."""
+    page({})            # says at once if its file is missing
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        timeout = 2     # browsers open connections in advance, and each would hold up the next request
+
+        def do_GET(self):
+            query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query, keep_blank_values=True)
+            asked = query.get("words", [words])[0]
+            try:
+                if len(asked) > LETTERS:
+                    raise ValueError(f"{len(asked)} letters are too many: at most {LETTERS} fit here")
+                found = explain(asked)
+            except (ValueError, RuntimeError) as error:
+                found = {"error": " ".join(str(error).split())[:300]}
+            self.send_response(400 if "error" in found else 200)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.end_headers()
+            self.wfile.write(page(found | {"asked": asked, "letters": LETTERS}))
+    try:
+        return http.server.HTTPServer(("127.0.0.1", port), Handler)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"--serve {port}: {error}") from None
+
+
 # ---- The command line -------------------------------------------------------------------------------------
 
 def draw_all(run, file, folder):
@@ -550,6 +681,10 @@ def parser():
     p.add_argument("pictures", nargs="+")
     p.add_argument("question")
     add("text", help="continue").add_argument("beginning")
+    p = add("page", help="show in a browser how a drawing, a caption or an answer came about")
+    p.add_argument("parts", nargs="+", help="a prompt; a picture to caption; a picture and a question")
+    p.add_argument("--out", default="page.html")
+    p.add_argument("--serve", type=int, metavar="PORT", help="with a text field, to this machine's browsers")
     add("eval", help="score on held-out examples")
     add("export", help="write a Hugging Face folder").add_argument("folder")
     return top
@@ -584,6 +719,22 @@ def main(argv=None):
             print(answer(run, [images], [args.question], *words)[0])
         elif args.command == "text":
             print(args.beginning + complete(run, [args.beginning], *words)[0])
+        elif args.command == "page":
+            files = [part for part in args.parts if os.path.isfile(part)]
+            asked = " ".join(part for part in args.parts if part not in files)
+            if len(files) > 1 or asked.lower().endswith(data.SUFFIXES):
+                raise ValueError("page needs a prompt, or one picture that exists, perhaps with a question")
+            explain = functools.partial(explain_drawing, run)
+            if files:
+                image = data.load_image(files[0])
+                explain = lambda question: explain_words(run, image, question, *words)      # noqa: E731
+            if args.serve is None:
+                data.write_atomically(args.out, lambda file: file.write(page(explain(asked))))
+                print(args.out)
+            else:
+                with server(explain, asked, args.serve) as serving, suppress(KeyboardInterrupt):
+                    print(f"http://127.0.0.1:{serving.server_port}", flush=True)
+                    serving.serve_forever()
         elif args.command == "export":
             export(run, args.folder)
             print(args.folder)
