@@ -220,7 +220,7 @@ def test_schedule():
     def rate(step):
         return train.schedule(step, 200, decay=0.5, warmup=0.1)
     for step in range(20):
-        assert rate(step) == pytest.approx((step + 1) / 20), f"step {step}: in a line to 1, by 20 steps, not from 0"
+        assert rate(step) == pytest.approx((step + 1) / 20), f"step {step}: 20 equal steps up to 1, not from 0"
     for step in range(20, 101):
         assert rate(step) == pytest.approx(1), f"step {step}: from warm-up to the fall, the rate is 1"
     for step in range(100, 201):
@@ -265,9 +265,10 @@ FILES = sorted({idea.file for idea in blank.IDEAS.values()})
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
     """The files and the tests, in a folder that may be changed."""
-    for name in (*FILES, "pyproject.toml"):
+    for name in (*FILES, "pyproject.toml", "README.md"):
         shutil.copy(blank.ROOT / name, tmp_path)
-    shutil.copytree(blank.ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("tests", "assets"):
+        shutil.copytree(blank.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(blank, "ROOT", tmp_path)
     return tmp_path
 
