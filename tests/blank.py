@@ -125,15 +125,19 @@ def back(idea):
     print(f"{idea.file}: {idea.function} is the project's again")
 
 
-def main(argv=None):
+def parser():
     layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("name", nargs="?", choices=IDEAS)
-    parser.add_argument("--back", action="store_true", help="the project's body again; yours is kept")
-    parser.add_argument("--list", action="store_true", help="the names, one a line")
-    args = parser.parse_args(argv)
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    top.add_argument("name", nargs="?", choices=IDEAS)
+    top.add_argument("--back", action="store_true", help="the project's body again; yours is kept")
+    top.add_argument("--list", action="store_true", help="the names, one a line")
+    return top
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
     if not args.list and not args.name:
-        parser.error("which idea? --list prints the names")
+        parser().error("which idea? --list prints the names")
     print(*IDEAS, sep="\n") if args.list else (back if args.back else blank)(IDEAS[args.name])
 
 

@@ -220,7 +220,7 @@ def test_schedule():
     def rate(step):
         return train.schedule(step, 200, decay=0.5, warmup=0.1)
     for step in range(20):
-        assert rate(step) == pytest.approx((step + 1) / 20), f"step {step}: 20 equal steps up to 1, not from 0"
+        assert rate(step) == pytest.approx((step + 1) / 20), f"step {step}: 20 equal steps to 1, not from 0"
     for step in range(20, 101):
         assert rate(step) == pytest.approx(1), f"step {step}: from warm-up to the fall, the rate is 1"
     for step in range(100, 201):
