@@ -74,8 +74,6 @@ def emptied(idea, function):
     """Lines of a function -> its signature, its docstring and a sentence that is raised."""
     body = ast.parse(textwrap.dedent("\n".join(function))).body[0].body
     first = body[ast.get_docstring(ast.Module(body, [])) is not None].lineno - 1
-    while function[first - 1].strip().startswith("#"):
-        first -= 1
     indent = " " * (function[0].index("def") + 4)
     task = f"{idea.background} Test: pytest -m {idea.name}. Back: python tests/blank.py {idea.name} --back"
     said = "\n".join(f'{indent}    "{line} "' for line in textwrap.wrap(task, 92))
@@ -126,8 +124,7 @@ def back(idea):
 
 
 def parser():
-    layout = argparse.RawDescriptionHelpFormatter
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("name", nargs="?", choices=IDEAS)
     top.add_argument("--back", action="store_true", help="the project's body again; yours is kept")
     top.add_argument("--list", action="store_true", help="the names, one a line")
