@@ -178,6 +178,7 @@ def obey(scene, words):
 VOCAB = Vocab(300, 301, 302, boi=303, eoi=304, uncond=305, eol=306, image_start=400, image_size=16)
 
 
+@pytest.mark.code_to_id
 def test_vocabulary():
     """Codes come back as others or share their rows with words or marks, or a word is decoded as a code."""
     codes = torch.arange(16).view(2, 2, 4)
@@ -313,26 +314,30 @@ PICTURE = [303, 403, 400, 415, 407, 304]       # <boi>, raster order, <eoi>
 TURNS = [(["how?"], ["so", CODES]), ([CODES, "why?"], [CODES])]
 
 
-@pytest.mark.parametrize("rendering, layout", [
-    (data.render_t2i(VOCAB, Bytes(), "a dog", CODES),
-     [([300, *b"a dog Generate an image based on this description.", 303], 0), ([*PICTURE[1:], 301], 1)]),
-    (data.render_t2i(VOCAB, Bytes(), None, CODES), [([300, 305, 303], 0), ([*PICTURE[1:], 301], 1)]),
-    (data.render_i2t(VOCAB, Bytes(), CODES, "a dog"),
+@pytest.mark.answer_loss
+@pytest.mark.parametrize("render, given, layout", [
+    pytest.param(data.render_t2i, ["a dog", CODES], [
+        ([300, *b"a dog Generate an image based on this description.", 303], 0), ([*PICTURE[1:], 301], 1)],
+                 marks=pytest.mark.t2i_template),
+    pytest.param(data.render_t2i, [None, CODES], [([300, 305, 303], 0), ([*PICTURE[1:], 301], 1)],
+                 marks=pytest.mark.t2i_template),
+    (data.render_i2t, [CODES, "a dog"],
      [([300, *PICTURE, *b"The caption of this image is:"], 0), ([*b"a dog", 301], 1)]),
-    (data.render_dialogue(VOCAB, Bytes(), [([CODES, "how?"], ["so"]), (["why?"], ["no"])]),
+    (data.render_dialogue, [[([CODES, "how?"], ["so"]), (["why?"], ["no"])]],
      [([300, *b"U:", *PICTURE, *b"\nhow?M:"], 0), (b"~soE", 1), (b"A:why?M:", 0), ([*b"~noE", 301], 1)]),
-    (data.render_dialogue(VOCAB, Bytes(), TURNS),
+    (data.render_dialogue, [TURNS],
      [([300, *b"U:how?M:"], 0), ([*b"~so", *PICTURE, *b"E"], 1), ([*b"A:", *PICTURE, *b"\nwhy?M:"], 0),
       ([*PICTURE, *b"E", 301], 1)]),
-    (data.render_text(VOCAB, Bytes(), "a dog"), [([300], 0), ([*b"a dog", 301], 1)])],
+    (data.render_text, ["a dog"], [([300], 0), ([*b"a dog", 301], 1)])],
     ids=["t2i", "uncond", "i2t", "vqa", "edit", "text"])
-def test_layout(rendering, layout):
+def test_layout(render, given, layout):
     """Loss on the prompt, none on the answer's end, targets one place off, or words without condition."""
     ids = [i for part, _ in layout for i in part]
     answer = [i if learned else IGNORE for part, learned in layout for i in part]
-    assert rendering == (ids, answer[1:] + [IGNORE])
+    assert render(VOCAB, Bytes(), *given) == (ids, answer[1:] + [IGNORE])
 
 
+@pytest.mark.answer_loss
 @pytest.mark.parametrize("tokenizer", [Bytes(), Pairs()], ids=["bytes", "pairs"])
 @pytest.mark.parametrize("render, unanswered, answered", [
     (data.render_t2i, ["a dog"], ["a dog", CODES]), (data.render_t2i, [None], [None, CODES]),

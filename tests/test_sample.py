@@ -58,6 +58,7 @@ def slowly(model, prompt, n, rows, negative, guidance):
     return ids[len(prompt):]
 
 
+@pytest.mark.guidance
 @everywhere
 @torch.no_grad()
 def test_guidance_in_a_padded_batch_equals_two_passes_of_each_prompt_alone(name):
@@ -128,6 +129,7 @@ def test_same_seed_same_draw_in_any_batch_and_another_seed_another_draw():
     assert len(together.unique()) > 5
 
 
+@pytest.mark.top_k_top_p
 def test_top_k_and_top_p_keep_what_they_say_and_draw_in_proportion():
     """Unlikely tokens that --top-k or --top-p should keep out, or a draw that favors some of the rest."""
     n, square = 1000, [0.0225, 0.25, 0.0025, 0.09]

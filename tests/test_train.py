@@ -433,6 +433,7 @@ def test_muon_moves_along_its_momentum(monkeypatch):
         torch.testing.assert_close(p.detach(), wanted)
 
 
+@pytest.mark.schedule
 def test_schedule_rises_stays_and_falls_to_zero():
     """A first step at full speed, a rate that falls too early, or a run that never settles at its end."""
     rates = [train.schedule(step, 100, decay=0.5, warmup=0.1) for step in range(101)]

@@ -90,6 +90,7 @@ def test_unquantized_vectors_pass(l2_norm):
 # -----------------------------------------------------------------------------------------------------------
 # The quantizer
 
+@pytest.mark.nearest_code
 @BOTH
 def test_the_nearest_row_is_chosen(l2_norm):
     """A wrong sign or a forgotten term in the expanded distance; training and decoding see other vectors."""
@@ -104,6 +105,7 @@ def test_the_nearest_row_is_chosen(l2_norm):
     torch.testing.assert_close(z_q, quantizer.lookup(codes))
 
 
+@pytest.mark.straight_through
 @BOTH
 def test_the_gradient_passes_straight_through(l2_norm):
     """The reconstruction cannot teach the encoder, or it moves the codebook."""
@@ -115,6 +117,7 @@ def test_the_gradient_passes_straight_through(l2_norm):
     assert quantizer.embedding.weight.grad is None or not quantizer.embedding.weight.grad.any()
 
 
+@pytest.mark.straight_through
 @BOTH
 def test_beta_weighs_the_encoder_only(l2_norm):
     """Taming's old mistake, beta on the codebook's term; gradients drag unused codes along."""
