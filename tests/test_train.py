@@ -202,13 +202,14 @@ def test_every_preset_fits_together(argv):
     assert logits.shape[2] == vocab.size
 
 
-def test_only_training_steps_are_compiled(few, tmp_path, monkeypatch):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_only_training_steps_are_compiled(few, tmp_path, monkeypatch, checkpointing):
     """Drawing and k-means ask for programs of their own, and past a limit training is not compiled."""
     torch.compiler.reset()
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     monkeypatch.setattr(train, "RESTART_EVERY", 2)
-    run(tmp_path, compile=True, layers=3, eval_every=2)
+    run(tmp_path, compile=True, layers=3, eval_every=2, checkpointing=checkpointing)
     assert counter.frame_count == 2                 # one for all residual blocks, one for all layers
 
 
