@@ -474,7 +474,7 @@ def perturb(codebook, noise, codes, generator):
 def forward_backward(model, batch, parts, z_loss, process):
     """Gradients of a batch, in parts -> (2, tasks): summed losses and numbers of targets, over all ranks."""
     counts = batch.tasks[batch.targets != data.IGNORE].bincount(minlength=len(data.TASKS))
-    totals = torch.stack([0 * counts, counts]).float().to(process.device)
+    totals = data.to_device(torch.stack([0 * counts, counts]).float(), process.device)
     # In a mean of means, a caption's 20 targets would weigh as much as a drawing's 1024.
     number = process.sum(totals[1].sum())
     for part in range(parts):
@@ -604,7 +604,7 @@ def step_all(optimizers, factor):
 # ---- Several devices: what wraps the model, which knows nothing of it -------------------------------------
 
 def prepare(blocks, compile, checkpointing):
-    """Compile blocks, and recompute their activations."""
+    """Compile blocks, recompute activations."""
     def again(self, *args):
         return checkpoint(type(self).forward, self, *args, use_reentrant=False)
     for block in blocks:

@@ -86,6 +86,24 @@ def test_a_step_of_act_1_is_that_of_a_cpu_with_channels_first(device):
     assert torch.cosine_similarity(*whole, dim=0) > 0.99
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_does_not_wait_for_the_gpu_before_its_losses_are_read():
+    """A size or a flag that the host asks for: the GPU stands still in each part of a batch."""
+    process, model = train.Process(0, 1, torch.device("cuda")), tiny(vocab_size=60, head_dim=16).cuda()
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    optimizers = train.make_optimizers(matrices, model.named_parameters(), 1e-3, 1e-3)
+    ids = torch.randint(60, (4, 64), generator=torch.Generator().manual_seed(0))
+    batch = data.Batch(ids, ids, torch.arange(64).expand(4, 64), torch.zeros_like(ids), torch.zeros_like(ids))
+    for mode in ("default", "default", "error"):        # once compiled, and with its optimizers' states
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            train.forward_backward(model, batch, 2, 0.0, process)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            train.step_all(optimizers, 1.0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_run_learns_what_it_learns_on_a_cpu(device, few, tmp_path):  # noqa: F811
     """An act stops on a GPU, or its bf16 drifts; --resume and the scores run there, too."""
     curves = {}
