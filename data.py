@@ -529,8 +529,8 @@ def questions(scene: Scene, rng: random.Random, withheld=WITHHELD) -> dict[str, 
                       (f"is the {o.shape} small or large?", o.size)]
         if [color for color, _ in pairs].count(o.color) == 1:
             named.append((f"which shape is {o.color}?", o.shape))
-        near = [pair for pair in PAIRS[withheld:] if pair not in pairs and {o.color, o.shape} & {*pair}]
-        for pair in [(o.color, o.shape), *rng.sample(near, min(1, len(near)))]:
+        absent = rng.choice([pair for pair in PAIRS[withheld:] if pair not in pairs])
+        for pair in [(o.color, o.shape), absent]:
             article, reply = "an" if pair[0] == "orange" else "a", "yes" if pair in pairs else "no"
             exists.append((f"is there {article} {pair[0]} {pair[1]}?", reply))
     return {"place": place, "named": named, "exists": exists}
@@ -665,9 +665,6 @@ def read_texts(path, length=160) -> list[str]:
     return list(dict.fromkeys(result))      # a passage that comes twice could be learned and held out
 
 
-ASKED = 4       # questions of a dialogue: each reads the same codes
-
-
 def scenes(count, seed, name, side=64, withheld=WITHHELD, unseen=False, skip=(), edited=0) -> list[Picture]:
     """Pictures of random scenes that are not in skip, each a function of (seed, name, its number).
 
@@ -682,16 +679,16 @@ def scenes(count, seed, name, side=64, withheld=WITHHELD, unseen=False, skip=(),
             continue
         captions = [describe(scene, rng) for _ in range(4)]
         picture = Picture(key, partial(draw, scene, side), captions, key=key, scene=scene)
-        asked = list(itertools.chain(*questions(scene, rng, withheld).values()))
-        rng.shuffle(asked)
-        for i in range(0, len(asked), ASKED):
-            picture.ask(*asked[i:i + ASKED])
+        asked = questions(scene, rng, withheld)
+        for pair in rng.sample(asked["place"], 4) + asked["named"] + 2 * asked["exists"]:   # the harder the more
+            picture.ask(pair)
+        rng.shuffle(picture.dialogues)
         pictures.append(picture)
         made += 1
         if made <= edited and (other := change(scene, rng, withheld)) not in skip:
             pictures.append(Picture(f"{key}/edited", partial(draw, other, side), key=key, scene=other))
             for a, b in (pictures[-2:], pictures[:-3:-1]):
-                a.edits.append([([a, instruct(a.scene, b.scene, rng)], [b])])
+                a.edits.append([([instruct(a.scene, b.scene, rng), a], [b])])      # see sample.edit
     return pictures
 
 

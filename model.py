@@ -409,9 +409,8 @@ class Transformer(nn.Module):
             nn.init.normal_(layer.weight, 0.0, 0.02)
         if isinstance(layer, nn.Linear) and layer.bias is not None:
             nn.init.zeros_(layer.bias)
-        if isinstance(layer, (Attention, MLP)):     # after their Linears: 2L residual branches add up
-            out = layer.o_proj if isinstance(layer, Attention) else layer.down_proj
-            nn.init.normal_(out.weight, 0.0, 0.02 / (2 * self.config.num_hidden_layers) ** 0.5)
+        if isinstance(layer, (Attention, MLP)):     # after their Linears: a block starts as the identity
+            nn.init.zeros_((layer.o_proj if isinstance(layer, Attention) else layer.down_proj).weight)
 
     @property
     def tables(self) -> list[Table]:

@@ -392,8 +392,11 @@ def answer(run, images, questions, sampling=None, n=40):
 
 
 def edit(run, images, instructions, sampling=None):
-    """Images and an instruction for each -> the images that it makes of them."""
-    dialogues = [[([image, words], None)] for image, words in zip(images, instructions, strict=True)]
+    """Images and an instruction for each -> the images that it makes of them.
+
+    The instruction comes first, so that a code and its like in the answer are always as far apart.
+    """
+    dialogues = [[([words, image], None)] for image, words in zip(images, instructions, strict=True)]
     return [parts[0] for parts in replies(run, dialogues, sampling, draw=True)]
 
 
@@ -472,8 +475,8 @@ def score_scenes(run, pictures):
 def score_edits(run, pictures):
     """Shares of pictures that are edited exactly, and in which all else is as before."""
     edits = [(*question, *reply) for p in pictures for (question, reply), in p.edits[:1]]
-    drawn = edit(run, [before.open() for before, _, _ in edits], [words for _, words, _ in edits])
-    scenes = [(data.grade(image), a.scene, b.scene) for image, (a, _, b) in zip(drawn, edits)]
+    drawn = edit(run, [before.open() for _, before, _ in edits], [words for words, _, _ in edits])
+    scenes = [(data.grade(image), a.scene, b.scene) for image, (_, a, b) in zip(drawn, edits)]
     return (mean(found == wanted for found, _, wanted in scenes),
             mean(before.facts() & wanted.facts() <= found.facts() for found, before, wanted in scenes))
 
@@ -670,9 +673,9 @@ def parser():
     p.add_argument("--out", default="out.png")
     p.add_argument("--prompts", metavar="FILE", help="one prompt a line")
     p.add_argument("--save-dir", "--save_dir", default="drawn", metavar="DIR")
-    add("i2t", help="caption").add_argument("pictures", nargs="+")
     p.add_argument("--begin", metavar="PICTURE", help="keep its first --rows of codes and draw the rest")
     p.add_argument("--rows", type=int, default=1)
+    add("i2t", help="caption").add_argument("pictures", nargs="+")
     p = add("edit", help="edit a picture by words")
     p.add_argument("picture")
     p.add_argument("instruction")
