@@ -450,7 +450,7 @@ def test_tars(tmp_path):
     tars = put(tmp_path / "tars" / "note", "").parent
     tar_of(tars / "0.tar", links | {"x/0.png": png(), "x/0.txt": "first", outside: png(), "x/1.cls": "3"})
     tar_of(tars / "1.tar", {"x/0.txt": "second", "x/0.JPG": png(BLUE), "broken.webp": "nothing"})
-    *good, broken = data.read_pictures(tars)
+    broken, *good = sorted(data.read_pictures(tars), key=lambda p: "broken" not in p.name)
     found = [(*p.captions, p.open().getpixel((0, 0))) for p in good]
     assert sorted(found, key=str) == [("first", RED), ("second", BLUE), (RED,)]
     refused(lambda p: p.open(), broken, f"{tars / '1.tar'}:broken.webp")
@@ -480,10 +480,10 @@ def test_rows(tmp_path):
 
 def test_broken_rows(tmp_path):
     """One slip among a million rows or notes is trained on, or ends in a traceback that names no place."""
-    talks = ("[]", "null", '"ab"', '{"value": "q"}', "[{}, {}]", '[{"value": "q"}]', '[{"value": 1}]')
+    talks = ("null", '"ab"', '{"value": "q"}', "[{}, {}]", '[{"value": "q"}]', '[{"value": 1}]')
     codes = ("[]", '"[]"', "null", "{}", '"[1, 2"', "[1, 2]", "[0, 1, 2, -1]", "[0.5]", '["1"]',
              "[[1, 2], [3]]", f"[{10 ** 30}]", f"[{2 ** 63}]", "[true]", json.dumps("[" * 100_000))
-    for line in ('{"image": "a.png"', "[1]", "{}", f'{{"image": {"1" * 5000}}}', '{"text": "alone"}',
+    for line in ('{"image": "a.png"', "[1]", "{}", f'{{"image": {"1" * 5000}}}', '{"caption": "alone"}',
                  '{"image": 3, "text": "x"}', '{"image": "a.png", "text": 3}',
                  "[" * 100_000, *(f'{{"image": "a.png", "conversations": {talk}}}' for talk in talks),
                  *(f'{{"text": "x", "vqcode_512": {code}}}' for code in codes)):
