@@ -160,7 +160,8 @@ class Chat(NamedTuple):
 
 class WordTokenizer:
     """Frequent words whole, the rest as bytes; ids: pad, bos, eos, 256 bytes, then the words."""
-    PIECES = re.compile(r" ?[\w]+| ?[^\w\s]+|\s")    # each character is in one class, so pieces tile the text
+    # Each character is in one class, so pieces tile the text; Chinese and Japanese have no spaces.
+    PIECES = re.compile(r"[぀-鿿]| ?(?:(?![぀-鿿])[\w])+| ?(?:(?![぀-鿿])[^\w\s])+|\s")
     FIRST_BYTE = 3
     chat, stops = Chat(), ()
 
@@ -696,7 +697,7 @@ def read_tar(tar, left_out):
 
 def add_files(found, files, root):
     """{name: file} -> pictures; name.txt or name.caption has a caption a line, name.json is a note."""
-    pictures, notes, wrong = {}, [], []
+    pictures, notes = {}, []
     for name, file in sorted(files.items()):
         path = PurePosixPath(name)      # hidden files and companions that systems add are no pictures
         key, suffix = str(path.with_suffix("")), path.suffix.lower()
@@ -715,16 +716,14 @@ def add_files(found, files, root):
             if suffix not in NOTES:
                 add_rows(file, root, pictures, found)
             elif key in pictures:
+                text = read_utf8(file)
                 with naming(file, 'not {"caption": ..., "qa": [[question, answer]]}'):
-                    text = read_utf8(file)
-                    annotate(pictures[key], json.loads(text) if suffix == ".json" else
-                             {"caption": text.splitlines()})
+                    note = json.loads(text) if suffix == ".json" else {"caption": text.splitlines()}
+                    annotate(pictures[key], note)
             else:
-                found.left_out[f"{suffix} alone"] += 1
+                found.left_out[f"{suffix} without a picture"] += 1
         except ValueError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise ValueError(f"{len(wrong)} notes: {'; '.join(wrong[:20])}")
+            found.left_out[f"note, {error}"] += 1
     found += pictures.values()
 
 
@@ -783,12 +782,13 @@ def load_source(data=None, text=None, side=64, withheld=WITHHELD, long=False, sa
     if text is not None:
         train, val = hold_out(read_texts(text, length))
         splits |= {"train": splits["train"]._replace(texts=train), "val": splits["val"]._replace(texts=val)}
+    captioned, asked = sum(bool(p.captions) for p in found), sum(bool(p.dialogues) for p in found)
+    texts = sum(len(split.texts) for split in splits.values())
     left_out = ", ".join(f"{n} {why}" for why, n in found.left_out.items() if n) or "nothing"
-    line = (f"{len(found)} pictures, {sum(bool(p.captions) for p in found)} with captions, "
-            f"{sum(bool(p.dialogues) for p in found)} with questions; "
-            f"{sum(len(split.texts) for split in splits.values())} texts; left out: {left_out}")
-    if not any(p.captions or p.dialogues for p in found):
-        raise ValueError(f"{data}: no picture with a caption or a question: {line}")
+    line = (f"{data or 'scenes'}: {len(found)} pictures, {captioned} with captions, {asked} with questions; "
+            f"{texts} texts of {text or data or 'English'}; left out: {left_out}")
+    if not captioned + asked:
+        raise ValueError(f"nothing has a caption or a question; {line}")
     say(line)
     return splits
 

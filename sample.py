@@ -183,12 +183,6 @@ def choose_device(name="auto"):
         raise ValueError(f"--device {name}: not on this machine ({str(error).splitlines()[0]})") from None
 
 
-def rank_and_world():
-    """Of torchrun's processes; WORLD_SIZE without a RANK is left over from elsewhere."""
-    rank = os.environ.get("RANK")
-    return (0, 1) if rank is None else (int(rank), int(os.environ["WORLD_SIZE"]))
-
-
 FORMAT = "nanoLiquid model 2"
 LAYOUT = "nanoliquid.json"      # in an export: all of model.pt but the weights
 MARKS = "<boi>", "<eoi>", "<unconditional>"     # in Liquid's own tokenizer
@@ -231,9 +225,8 @@ def load(run, vqgan=None, device="auto", dtype=torch.float32) -> Run:
     return run
 
 
-def read_vocabulary(folder, codes, fingerprint=None):
-    """-> tokenizer, Vocab: of an export, of Liquid's folder (the last rows are codes, marks are words), or of
-    words alone, which is then extended by rows for codes."""
+def read_vocabulary(folder, codes):
+    """-> tokenizer, Vocab: of an export, of Liquid's own folder, or of words, with rows for codes to come."""
     if (folder / LAYOUT).exists():
         layout = json.loads(data.read_utf8(folder / LAYOUT))
         return data.load_tokenizer(layout["tokenizer"]), data.Vocab(**layout["vocab"])
@@ -245,7 +238,7 @@ def read_vocabulary(folder, codes, fingerprint=None):
 
 
 def load_liquid(folder, vqgan, device, dtype) -> Run:
-    """Liquid's own folder, for which pictures are padded."""
+    """Liquid's own folder: the last rows are codes, marks are words, pictures are padded."""
     tokenizer, vocab = read_vocabulary(folder, vqgan.config.n_embed)
     if vocab.boi >= vocab.image_start:
         raise ValueError(f"{folder}: neither {LAYOUT} of an export nor the marks of Liquid's tokenizer")
@@ -433,26 +426,26 @@ def print_scores(scores):
 
 def draw_all(run, file, folder):
     """Draw line i of a file into folder/0000i.png; torchrun's processes share them."""
-    (rank, world), note = rank_and_world(), Path(folder, ".drawn.json")
-    lines = data.read_utf8(file).split("\n")
-    some = [p.flatten()[:9].tolist() for p in run.model.parameters()]
-    made = asdict(replace(run.sampling, batch=1)) | {"model": data.digest(str(some)), "prompts": lines}
-    if note.exists() or any(Path(folder).glob("*.png")):
-        if not note.exists() or json.loads(data.read_utf8(note)) != made:
-            raise ValueError(f"--save-dir {folder}: drawings of another run, prompt list, seed or setting")
-    elif rank == 0:
-        data.write_atomically(note, lambda file: file.write(json.dumps(made).encode()))
+    lines, note = data.read_utf8(file).split("\n"), Path(folder, ".drawn.json")
     paths = [Path(folder, f"{i:05d}.png") for i in range(len(lines))]
-    room = run.model.config.max_position_embeddings - math.prod(run.grid)
+    weights = data.digest(str([p.flatten()[:9].tolist() for p in run.model.parameters()]))
+    made = json.dumps({**vars(run.sampling), "batch": 0, "model": weights, "prompts": lines})
+    drawn = any(path.exists() for path in paths)
+    if drawn if not note.exists() else data.read_utf8(note) != made:
+        raise ValueError(f"--save-dir {folder}: drawings of another run, prompt list, seed or setting")
+    rank, world = (int(os.environ[x]) for x in ("RANK", "WORLD_SIZE")) if "RANK" in os.environ else (0, 1)
+    if rank == 0:
+        data.write_atomically(note, lambda file: file.write(made.encode()))
     todo = [i for i in range(rank, len(paths), world) if lines[i].strip() and not paths[i].exists()]
-    long = [i for i in todo if len(data.render_t2i(run.vocab, run.tokenizer, lines[i])[0]) > room]
-    todo = [i for i in todo if i not in long]
+    room = run.model.config.max_position_embeddings - math.prod(run.grid)
+    long = {i for i in todo if len(data.render_t2i(run.vocab, run.tokenizer, lines[i])[0]) > room}
+    todo = sorted({*todo} - long)
     for k in tqdm(range(0, len(todo), run.sampling.batch), desc="draw"):
         part = todo[k:k + run.sampling.batch]
         for i, image in zip(part, text_to_image(run, [lines[i] for i in part], numbers=part)):
             data.write_atomically(paths[i], lambda file: image.save(file, "PNG"))
     if long:
-        raise ValueError(f"{file}: too long, not drawn: line {', '.join(str(i + 1) for i in long)}")
+        raise ValueError(f"{file}: too long, not drawn: lines {sorted(i + 1 for i in long)}")
 
 
 def parser():
@@ -479,8 +472,7 @@ def parser():
     p.add_argument("picture")
     p.add_argument("question")
     add("text", help="continue").add_argument("beginning")
-    p = add("eval", help="score on held-out examples")
-    p.add_argument("--data", help="where the run's pictures are now")
+    add("eval", help="score on held-out examples").add_argument("--data", help="where they are now")
     add("export", help="write a Hugging Face folder").add_argument("folder")
     return top
 
@@ -516,8 +508,7 @@ def main(argv=None):
             c = run.config
             if "data" not in c:
                 raise ValueError(f"--run {args.run}: eval needs a run of train.py, which knows its data")
-            place, long = args.data or c["data"], bool(c["init"])
-            splits = data.load_source(place, c["text"], run.side, c["withheld"], long)
+            splits = data.load_source(args.data or c["data"], c["text"], run.side, c["withheld"], c["init"])
             print_scores(score(run, splits, args.n or 200))
     except (ValueError, OSError, KeyboardInterrupt) as error:
         sys.exit(f"sample.py: {str(error) or 'stopped'}")

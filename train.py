@@ -126,8 +126,7 @@ def train(cfg: Config, stop=None):
     started, out = time.time(), Path(cfg.out)
     process = start_process(cfg.device, stop or Stop())
     require(cfg.withheld < len(data.PAIRS), f"--withheld {cfg.withheld}: there are {len(data.PAIRS)} pairs")
-    splits = data.load_source(cfg.data, cfg.text, cfg.image_size or 64, cfg.withheld, bool(cfg.init),
-                              process.print)
+    splits = data.load_source(cfg.data, cfg.text, cfg.image_size or 64, cfg.withheld, cfg.init, process.print)
     ready = VQGAN.load(cfg.vqgan, process.device) if cfg.vqgan else None
     cfg, vq_config = resolve(cfg, splits, ready and ready.config)
     check(cfg, vq_config, splits, process.world)
@@ -800,7 +799,8 @@ class Process:
 
 def start_process(device, stop) -> Process:
     """Join torchrun's processes, if any."""
-    device, (_, world) = sample.choose_device(device), sample.rank_and_world()
+    device = sample.choose_device(device)
+    world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1    # it may be left over
     if world > 1 and not dist.is_initialized():
         cuda = device.type == "cuda"
         if cuda:
