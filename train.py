@@ -688,7 +688,6 @@ class Log:
     """One JSON object a line."""
     path: Path
     process: "Process"
-    lock: object = None     # on the run's folder, as long as this lives
 
     def rewind(self, act, step):
         """Drop broken lines, and those of an act from after a step."""
@@ -899,10 +898,9 @@ def check(cfg, vq_config, splits, world):
         ids = tokenizer.size - 1, v.bos, v.eos, v.pad
         flag("init", 0 <= min(ids) <= max(ids) < v.image_start, f"its table has no row for id {max(ids)}")
         Transformer.from_pretrained(folder, device="meta")      # headers alone
-        layout = folder / sample.LAYOUT
-        its = layout.exists() and json.loads(data.read_utf8(layout))["fingerprint"]
-        same = not its or cfg.vqgan and VQGAN.load(cfg.vqgan).fingerprint() == its
-        flag("vqgan", same and (cfg.vqgan or v.boi >= v.image_start), "not that of the image rows of --init")
+        its = folder / "vqgan.pt"       # an export's
+        same = not its.exists() or cfg.vqgan and len({VQGAN.load(x).fingerprint() for x in (its, cfg.vqgan)}) == 1
+        flag("vqgan", same and (cfg.vqgan or v.boi >= v.image_start), "not that of --init's image rows")
 
 
 def start_run(cfg, ready, process) -> Log:
@@ -911,11 +909,11 @@ def start_run(cfg, ready, process) -> Log:
     process.wait()                      # until all have looked for an earlier run
     if process.is_main:
         (out / "samples").mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")
         with suppress(ImportError):     # Windows
             import fcntl
+            lock = os.open(out / ".lock", os.O_WRONLY | os.O_CREAT)     # held while this process lives
             try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)        # while this process lives
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 raise ValueError(f"--out {out}: another process is running in it") from None
         if cfg.overwrite and not cfg.resume:
@@ -928,7 +926,7 @@ def start_run(cfg, ready, process) -> Log:
             made = dict(config=asdict(ready.config), model=ready.state_dict())
             data.save_atomically(made, out / "vqgan.pt")
     process.wait()
-    return Log(out / "log.jsonl", process, process.is_main and lock)
+    return Log(out / "log.jsonl", process)
 
 
 def parser():

@@ -422,7 +422,7 @@ GOOD = '{"image": "own/0.png", "text": "a"}\n'
 BAD = {
     "a folder without pictures": ("empty/notes.txt", "x", "no pictures"),
     "a broken line": ("x.jsonl", GOOD + "{\n", "x.jsonl, line 2: not JSON"),
-    "only empty captions": ("x.jsonl", GOOD.replace('"a"', '" "'), "no picture with a caption"),
+    "only empty captions": ("x.jsonl", GOOD.replace('"a"', '" "'), "nothing has a caption or a question"),
     "a list of pictures that are not there": ("x.jsonl", GOOD.replace("own", "off") * 4, "could be read: "),
     "codes without their tokenizer": ("codes.jsonl", encoded((16, 3)) * 3, "--vqgan"),
     "codes of two grids": ("vqgan.jsonl", encoded((16, 3), (9, 3)) * 6, "codes (3, 3) up to 3 are not of"),

@@ -170,7 +170,7 @@ def test_the_fingerprint_of_a_shard_sees_what_changed(tmp_path):
         return [train.fingerprint("how", data.read_pictures(tmp_path / name)) for name in ("own", "own.tar")]
     assert print_of() == print_of() and len({*print_of(), *print_of(second=1), *print_of(caption="b")}) == 6
     picture = data.Picture("x", codes=torch.zeros(2, 2, dtype=torch.long))
-    changes = [{}, {"name": "y"}, {"dialogues": [[("q", "a")]]}, {"codes": picture.codes + 1}]
+    changes = [{}, {"key": "y"}, {"dialogues": [[("q", "a")]]}, {"codes": picture.codes + 1}]
     prints = {train.fingerprint(how, [replace(picture, **each)]) for each in changes for how in ("a", "b")}
     assert len(prints) == 8
 
