@@ -85,7 +85,7 @@ class Vocab:
 # Without its answer, an example is the prompt of sampling. targets[t] is the id to predict after ids[..t].
 
 IGNORE = -100
-TASKS = ("t2i", "i2t", "vqa", "text")
+TASKS = ("t2i", "i2t", "vqa", "edit", "text")
 DRAW = " Generate an image based on this description."
 CAPTION = "The caption of this image is:"
 
@@ -117,28 +117,29 @@ def render_i2t(vocab, tokenizer, codes, caption=None):
 
 
 def render_dialogue(vocab, tokenizer, turns):
-    """Talk in turns of (question, reply), each a list of words and codes, or None for no reply yet."""
+    """Talk in turns of (question, reply), lists of words and codes; None for no reply yet.
+
+    The task is vqa if all replies are words, and edit if one has a picture.
+    """
     chat, parts = tokenizer.chat, [([vocab.bos], False)]
 
-    def add(contents, learned):
+    def add(contents, learned, lead=""):
         for content in contents:
-            parts.extend([([vocab.boi], learned), (content, learned), ([vocab.eoi], learned)]
-                         if torch.is_tensor(content) else [(content, learned)])
+            if torch.is_tensor(content):
+                parts.extend([([vocab.boi], learned), (content, learned), ([vocab.eoi], learned)])
+                parts.append(("" if learned else "\n", learned))        # as Liquid asks
+            else:
+                parts.append((lead + content, learned))
     for i, (question, reply) in enumerate(turns):
         opening = tokenizer.marks(chat.again if i else chat.opening)
-        add([opening, *question, tokenizer.marks(chat.reply)], False)
+        parts.append((opening, False))
+        add(question, False)
+        parts.append((tokenizer.marks(chat.reply), False))
         if reply is None:
             return sequence(vocab, tokenizer, *parts)
-        add([chat.lead + part if isinstance(part, str) else part for part in reply], True)
-        add([tokenizer.marks(chat.end)], True)
+        add(reply, True, chat.lead)
+        parts.append((tokenizer.marks(chat.end), True))
     return sequence(vocab, tokenizer, *parts, ([vocab.eos], True))
-
-
-def render_vqa(vocab, tokenizer, codes, turns):
-    """Talk about a picture, in turns of (question, answer); it stands before the first question."""
-    turns = [([question], answer if answer is None else [answer]) for question, answer in turns]
-    turns[0][0][:0] = [codes, "\n"]
-    return render_dialogue(vocab, tokenizer, turns)
 
 
 def render_text(vocab, tokenizer, text, ended=True):
@@ -418,6 +419,11 @@ class Scene(NamedTuple):
     background: str
     objects: tuple[Object, ...]     # in the order of PLACES
 
+    def facts(self) -> set:
+        """The background, and what stands at each place or None."""
+        at = dict.fromkeys(PLACES) | {o.place: o for o in self.objects}
+        return {self.background, *at.items()}
+
 
 # All pairs of color and shape, both taking turns; the first few are withheld from all training.
 PAIRS = [(list(COLORS)[i % 6], SHAPES[(i + i // 6) % 4]) for i in range(24)]
@@ -519,19 +525,77 @@ def read_description(text: str) -> Scene | None:
     return Scene(background[0], tuple(sorted(objects, key=lambda o: PLACES.index(o.place))))
 
 
-def questions(scene: Scene) -> list[tuple[str, str]]:
-    """(question, answer) pairs of every kind that the scene allows."""
-    at = {o.place: o for o in scene.objects}
-    pairs = [("what is the background?", scene.background),
+def questions(scene: Scene, rng: random.Random, withheld=WITHHELD) -> dict[str, list[tuple[str, str]]]:
+    """(question, answer) pairs by kind: about places, about what a name tells, and what there is."""
+    at, pairs = {o.place: o for o in scene.objects}, [(o.color, o.shape) for o in scene.objects]
+    place = [("what is the background?", scene.background),
              ("how many shapes are there?", NUMBERS[len(scene.objects)])]
-    for place in PLACES:
-        o = at.get(place)
-        pairs += [(f"what is at the {place}?", f"a {o.size} {o.color} {o.shape}" if o else "nothing"),
-                  (f"which shape is at the {place}?", o.shape if o else "none"),
-                  (f"is there anything at the {place}?", "yes" if o else "no")]
+    for p in PLACES:
+        o = at.get(p)
+        place += [(f"what is at the {p}?", f"a {o.size} {o.color} {o.shape}" if o else "nothing"),
+                  (f"which shape is at the {p}?", o.shape if o else "none"),
+                  (f"is there anything at the {p}?", "yes" if o else "no")]
         if o:
-            pairs.append((f"what color is the shape at the {place}?", o.color))
-    return pairs
+            place.append((f"what color is the shape at the {p}?", o.color))
+    named, exists = [], []
+    for o in scene.objects:
+        alike = [x for x in scene.objects if x.shape == o.shape]
+        named.append((f"how many {o.shape}s are there?", NUMBERS[len(alike)]))
+        if len(alike) == 1:             # else there are several answers
+            named += [(f"what color is the {o.shape}?", o.color), (f"where is the {o.shape}?", o.place),
+                      (f"is the {o.shape} small or large?", o.size)]
+        if [color for color, _ in pairs].count(o.color) == 1:
+            named.append((f"which shape is {o.color}?", o.shape))
+        near = [pair for pair in PAIRS[withheld:] if pair not in pairs and {o.color, o.shape} & {*pair}]
+        for pair in [(o.color, o.shape), *rng.sample(near, min(1, len(near)))]:
+            article, reply = "an" if pair[0] == "orange" else "a", "yes" if pair in pairs else "no"
+            exists.append((f"is there {article} {pair[0]} {pair[1]}?", reply))
+    return {"place": place, "named": named, "exists": exists}
+
+
+def change(scene: Scene, rng: random.Random, withheld=WITHHELD) -> Scene:
+    """A scene without withheld pairs that differs in one thing."""
+    values = dict(size=SIZES, color=COLORS, shape=SHAPES, place=PLACES)
+    while True:
+        background, at = scene.background, {o.place: o for o in scene.objects}
+        kind, place = rng.choice(["background", "add", "remove", *values]), rng.choice(list(at))
+        if kind == "background":
+            background = rng.choice(list(BACKGROUNDS))
+        elif kind == "add":
+            new = Object(*(rng.choice(list(each)) for each in values.values()))
+            at[new.place] = new
+        else:
+            old = at.pop(place)
+            if kind != "remove":
+                new = old._replace(**{kind: rng.choice(list(values[kind]))})
+                at[new.place] = new
+        after = Scene(background, tuple(at[p] for p in PLACES if p in at))
+        number = len(scene.objects) + {"add": 1, "remove": -1}.get(kind, 0)     # none was put over another
+        hidden = any((o.color, o.shape) in PAIRS[:withheld] for o in after.objects)
+        if after != scene and len(at) == number and 0 < number < 4 and not hidden:
+            return after
+
+
+def instruct(before: Scene, after: Scene, rng: random.Random) -> str:
+    """The words that turn a scene into one that differs in one thing, in one of several phrasings."""
+    old, new = ([o for o in a.objects if o not in b.objects] for a, b in ((before, after), (after, before)))
+    if not old + new:
+        return rng.choice(["make the background {}", "change the background to {}"]).format(after.background)
+    if not old:
+        return rng.choice(["add a {} {} {} at the {}", "put a {} {} {} at the {}"]).format(*new[0])
+    o, others = old[0], [x for x in before.objects if x != old[0]]
+    names = [f"the shape at the {o.place}"]
+    if (o.color, o.shape) not in [(x.color, x.shape) for x in others]:
+        names.append(f"the {o.color} {o.shape}")
+    if o.shape not in [x.shape for x in others]:
+        names.append(f"the {o.shape}")
+    if not new:
+        return rng.choice(["remove {}", "take away {}"]).format(rng.choice(names))
+    value, = {*new[0]} - {*o}
+    phrasings = ["make {} {}", "change {} to {}"]
+    if value in PLACES + SHAPES:
+        phrasings = ["move {} to the {}", "put {} at the {}"] if value in PLACES else ["turn {} into a {}"]
+    return rng.choice(phrasings).format(rng.choice(names), value)
 
 
 CORNERS = {"circle": "no corners", "square": "four corners",
@@ -554,16 +618,25 @@ def statement(rng: random.Random, withheld=WITHHELD) -> str:
 
 # ---- Sources: where pictures and texts come from ----------------------------------------------------------
 
-@dataclass
+@dataclass(eq=False)
 class Picture:
-    """A captioned picture: a file that is opened when it is needed, or codes."""
+    """A captioned picture: a file that is opened when it is needed, or codes.
+
+    A dialogue is a list of turns (question, reply), each a list of words and pictures: this one, or others.
+    """
     name: str                       # in messages
     open: Callable[[], Image.Image] | None = None
     captions: list[str] = field(default_factory=list)
-    dialogues: list[list[tuple[str, str]]] = field(default_factory=list)    # each of (question, answer)
+    dialogues: list[list[tuple[list, list]]] = field(default_factory=list)  # whose replies are words
+    edits: list[list[tuple[list, list]]] = field(default_factory=list)      # in which one has a picture
     key: str = ""                   # its name below the source, which decides if it is held out
     scene: Scene | None = None      # of a built-in one
     codes: torch.Tensor | None = None                                       # (h, w)
+
+    def ask(self, *pairs):
+        """Add a dialogue about this picture, of pairs (question, answer)."""
+        (question, answer), *more = pairs
+        self.dialogues.append([([self, question], [answer]), *(([q], [a]) for q, a in more)])
 
 
 class Split(NamedTuple):
@@ -609,26 +682,42 @@ def read_texts(path, length=160) -> list[str]:
     return list(dict.fromkeys(result))      # a passage that comes twice could be learned and held out
 
 
-def scenes(count, seed, name, side=64, withheld=WITHHELD, unseen=False, skip=()) -> list[Picture]:
-    """Pictures of random scenes that are not in skip, each a function of (seed, name, its number)."""
-    pictures, numbers = [], itertools.count()
-    while len(pictures) < count:
+ASKED = 4       # questions of a dialogue: each reads the same codes
+
+
+def scenes(count, seed, name, side=64, withheld=WITHHELD, unseen=False, skip=(), edited=0) -> list[Picture]:
+    """Pictures of random scenes that are not in skip, each a function of (seed, name, its number).
+
+    Behind each of the first `edited` stands one that differs in one thing; it has no captions.
+    """
+    pictures, numbers, made = [], itertools.count(), 0
+    while made < count:
         key = f"{name}/{next(numbers)}"
         rng = random.Random(f"{seed}/{key}")
         scene = random_scene(rng, withheld, unseen)
-        if scene not in skip:
-            captions, asked = [describe(scene, rng) for _ in range(4)], [[pair] for pair in questions(scene)]
-            rng.shuffle(asked)
-            pictures.append(Picture(key, partial(draw, scene, side), captions, asked, key, scene))
+        if scene in skip:
+            continue
+        captions = [describe(scene, rng) for _ in range(4)]
+        picture = Picture(key, partial(draw, scene, side), captions, key=key, scene=scene)
+        asked = list(itertools.chain(*questions(scene, rng, withheld).values()))
+        rng.shuffle(asked)
+        for i in range(0, len(asked), ASKED):
+            picture.ask(*asked[i:i + ASKED])
+        pictures.append(picture)
+        made += 1
+        if made <= edited and (other := change(scene, rng, withheld)) not in skip:
+            pictures.append(Picture(f"{key}/edited", partial(draw, other, side), key=key, scene=other))
+            for a, b in (pictures[-2:], pictures[:-3:-1]):
+                a.edits.append([([a, instruct(a.scene, b.scene, rng)], [b])])
     return pictures
 
 
-def built_in(seed, side=64, withheld=WITHHELD, train=20000, val=400, unseen=200) -> dict[str, Split]:
+def built_in(seed, side=64, withheld=WITHHELD, train=20000, val=400, unseen=200, edited=5000):
     """The scenes; their text is statements, and English that every Python carries."""
     from pydoc_data.topics import topics
-    held_out, rng = scenes(val, seed, "val", side, withheld), random.Random(f"{seed}/text")
-    new = scenes(unseen if withheld else 0, seed, "unseen", side, withheld, unseen=True)
-    seen = scenes(train, seed, "train", side, withheld, skip={p.scene for p in held_out})
+    held_out, rng = scenes(val, seed, "val", side, withheld, edited=val), random.Random(f"{seed}/text")
+    new = scenes(unseen if withheld else 0, seed, "unseen", side, withheld, True, edited=unseen)
+    seen = scenes(train, seed, "train", side, withheld, skip={p.scene for p in held_out}, edited=edited)
     paragraphs = "\n\n".join(topics[key] for key in sorted(topics)).split("\n\n")
     english = dict.fromkeys(passages("\n\n".join(dict.fromkeys(paragraphs))))       # topics repeat each other
     train_texts, val_texts = hold_out(list(english), str)
@@ -668,15 +757,37 @@ def annotate(picture, note):
             picture.captions.append(caption.strip())
     for pair in note.get("qa", []):
         question, answer = (pair["question"], pair["answer"]) if isinstance(pair, dict) else pair
-        picture.dialogues.append([(question.strip(), answer.strip())])
-    turns, given = [], []       # LLaVA's: what the model says is learned, all before it is given
-    for turn in note.get("conversations", []):
-        who, words = (turn[b if b in turn else a] for a, b in (("role", "from"), ("content", "value")))
-        given.append(words.replace("<image>", "").strip())
-        if who in ("gpt", "assistant") and given[1:]:
-            turns.append(("\n".join(given[:-1]), given[-1]))
-            given = []
-    picture.dialogues += [turns] * bool(turns)
+        picture.ask((question.strip(), answer.strip()))
+
+
+def parts_of(dialogue, sides=(0, 1)) -> list:
+    """Words and pictures of its questions (side 0), replies (1) or both."""
+    return [part for turn in dialogue for side in sides for part in turn[side] or ()]
+
+
+def read_dialogue(messages, find, images=()) -> list[tuple[list, list | None]]:
+    """Messages in the layout of transformers' chat templates, or LLaVA's -> turns of (question, reply).
+
+    find(name) -> a picture; images take the places of LLaVA's <image>. A system speaks with the questions.
+    """
+    turns, images = [], iter(images)
+    for message in messages:
+        role, content = message.get("role") or message["from"], message.get("content", message.get("value"))
+        if isinstance(content, str):
+            parts = re.split("(<image>)", content)
+            parts = [next(images, "") if part == "<image>" else part for part in parts]
+        else:
+            parts = [find(part["image"]) if part["type"] == "image" else part["text"] for part in content]
+        parts = [part.strip() if isinstance(part, str) else part for part in parts]
+        parts = [part for part in parts if part != ""]
+        waiting = turns and turns[-1][1] is None
+        if role in ("assistant", "gpt") and waiting and parts:
+            turns[-1] = turns[-1][0], parts
+        elif role in ("user", "human", "system"):
+            turns.append((turns.pop()[0] + parts if waiting else parts, None))
+        else:
+            raise ValueError(f"{role!r} has no turn to speak, or says nothing")
+    return turns
 
 
 def read_tar(tar, left_out):
@@ -728,10 +839,20 @@ def add_files(found, files, root):
 
 
 def add_rows(file, root, pictures, found):
-    """Rows in our layout, ImageFolder's, Liquid's raw or pre-encoded one, or LLaVA's -> pictures, texts."""
+    """Rows in our layout, ImageFolder's, Liquid's raw or pre-encoded one, LLaVA's or transformers' messages.
+
+    Rows of one picture are merged. Pictures of one dialogue stand side by side and are held out together.
+    """
+    groups = {}
+
+    def find(name):
+        path = getattr(file, "path", file).parent / name
+        key = os.path.splitext(os.path.relpath(path, root))[0]      # of any spelling
+        return pictures.setdefault(key, Picture(str(path), partial(load_image, path), key=key))
+
     for place, row in read_rows(file):
         with naming(place, "not a row about a picture"):
-            codes, image = row.get("vqcode_512", "no"), [row[key] for key in IMAGES if row.get(key)]
+            codes, names = row.get("vqcode_512", "no"), next((row[k] for k in IMAGES if row.get(k)), [])
             if codes != "no":               # a list, or its text, of codes of a square grid
                 codes = np.array(json.loads(codes) if isinstance(codes, str) else codes).flatten()
                 side = math.isqrt(len(codes))
@@ -739,17 +860,34 @@ def add_rows(file, root, pictures, found):
                     raise ValueError("vqcode_512 is not a square grid of whole numbers from 0")
                 key = str(digest(str(codes.tolist())))
                 new = Picture(place, key=key, codes=torch.from_numpy(codes).view(side, side))
-            elif image:
-                path = getattr(file, "path", file).parent / image[0]
-                key = os.path.splitext(os.path.relpath(path, root))[0]      # of any spelling
-                new = Picture(str(path), partial(load_image, path), key=key)
-            elif "conversations" not in row:
-                found.texts.append(row["text"].strip())
-                continue
+                here = [pictures.setdefault(key, new)]
             else:
-                found.left_out["dialogues without a picture"] += 1
+                here = [find(name) for name in ([names] if isinstance(names, str) else names)]
+            talk = next((name for name in ("messages", "conversations") if name in row), None)
+            turns = read_dialogue(row[talk], find, here) if talk else []
+            if talk and (not turns or turns[-1][1] is None):
+                raise ValueError(f"{talk} does not end with a reply")
+            here += [part for part in parts_of(turns) if isinstance(part, Picture)]
+            if not here:
+                if not turns:
+                    found.texts.append(row["text"].strip())
+                found.left_out["dialogues without a picture"] += bool(turns)
                 continue
-            annotate(pictures.setdefault(key, new), row)
+            annotate(here[0], row)
+            if turns:
+                if not any(isinstance(part, Picture) for part in parts_of(turns)):
+                    turns[0][0].insert(0, here[0])          # LLaVA's picture stands before the question
+                drawn = any(isinstance(part, Picture) for part in parts_of(turns, [1]))
+                (here[0].edits if drawn else here[0].dialogues).append(turns)
+            group = list(dict.fromkeys(other for p in here for other in groups.get(p, [p])))
+            groups.update(dict.fromkeys(group, group))
+    for picture, group in groups.items():
+        picture.key = group[0].key
+    order = dict.fromkeys(p for group in groups.values() for p in group)
+    order = {p: n for n, p in enumerate(order)}
+    together = sorted(pictures.items(), key=lambda item: order.get(item[1], -1))
+    pictures.clear()
+    pictures.update(together)
 
 
 def read_pictures(path) -> Found:
@@ -782,7 +920,7 @@ def load_source(data=None, text=None, side=64, withheld=WITHHELD, long=False, sa
     if text is not None:
         train, val = hold_out(read_texts(text, length))
         splits |= {"train": splits["train"]._replace(texts=train), "val": splits["val"]._replace(texts=val)}
-    captioned, asked = sum(bool(p.captions) for p in found), sum(bool(p.dialogues) for p in found)
+    captioned, asked = sum(bool(p.captions) for p in found), sum(bool(p.dialogues or p.edits) for p in found)
     texts = sum(len(split.texts) for split in splits.values())
     left_out = ", ".join(f"{n} {why}" for why, n in found.left_out.items() if n) or "nothing"
     line = (f"{data or 'scenes'}: {len(found)} pictures, {captioned} with captions, {asked} with questions; "
@@ -795,30 +933,39 @@ def load_source(data=None, text=None, side=64, withheld=WITHHELD, long=False, sa
 
 def tasks_of(split) -> dict[str, list]:
     """The examples of each task."""
-    pictures = split.pictures
-    if isinstance(pictures, Encoded):
-        captioned, asked = pictures.only("captioned"), pictures.only("asked")
-    else:
-        captioned, asked = [p for p in pictures if p.captions], [p for p in pictures if p.dialogues]
-    return {"t2i": captioned, "i2t": captioned, "vqa": asked, "text": split.texts}
+    def only(kind):
+        lazy = isinstance(split.pictures, Encoded)
+        return split.pictures.only(kind) if lazy else [p for p in split.pictures if getattr(p, kind)]
+    captioned = only("captions")
+    return {"t2i": captioned, "i2t": captioned, "vqa": only("dialogues"), "edit": only("edits"),
+            "text": split.texts}
 
 
 # ---- Shards: encoded pictures, which stay on the disk until each is asked for -----------------------------
 
-FORMAT = "nanoLiquid codes 3"
+FORMAT = "nanoLiquid codes 4"
 
 
 def write_shard(path, pictures, fingerprint, skipped=None):
-    """Pictures with codes -> a file; fingerprint: how it was made; skipped: {name: why it was not read}."""
-    rows = [json.dumps((p.name, p.captions, p.dialogues)).encode() for p in pictures]
+    """Pictures with codes -> a file; fingerprint: how it was made; skipped: {name: why it was not read}.
+
+    In a dialogue, a picture is its number in the shard; those of skipped pictures are left out.
+    """
+    number = {p.name: i for i, p in enumerate(pictures)}
+
+    def whole(talks):
+        return [d for d in talks if all(isinstance(p, str) or p.name in number for p in parts_of(d))]
+    kept = [dict(captions=p.captions, dialogues=whole(p.dialogues), edits=whole(p.edits)) for p in pictures]
+    rows = [json.dumps((p.name, *k.values()), default=lambda other: number[other.name]).encode()
+            for p, k in zip(pictures, kept)]
     codes = torch.stack([p.codes for p in pictures]) if pictures else torch.zeros(0, 0, 0)
     kind = torch.int32 if (codes >= 2 ** 16).any() else torch.uint16
     save_atomically({"format": FORMAT, "fingerprint": fingerprint, "skipped": json.dumps(skipped or {}),
                      "codes": codes.to(kind),
                      "rows": torch.frombuffer(bytearray(b"".join(rows) + b" "), dtype=torch.uint8),
                      "ends": torch.tensor(list(itertools.accumulate(map(len, rows), initial=0))),
-                     "captioned": torch.tensor([bool(p.captions) for p in pictures]),
-                     "asked": torch.tensor([bool(p.dialogues) for p in pictures])}, path)
+                     **{kind: torch.tensor([bool(k[kind]) for k in kept])
+                        for kind in ("captions", "dialogues", "edits")}}, path)
 
 
 def read_shard(path, fingerprint) -> dict | None:
@@ -847,12 +994,15 @@ class Encoded:
         number = np.searchsorted(self.starts, i, "right") - 1
         shard, i = self.shards[number], i - self.starts[number]
         begin, end = shard["ends"][i:i + 2].tolist()
-        name, captions, dialogues = json.loads(shard["rows"][begin:end].numpy().tobytes())
-        return Picture(name, None, captions, dialogues, codes=shard["codes"][i].long())
+        name, captions, *talks = json.loads(shard["rows"][begin:end].numpy().tobytes())
+        codes = lru_cache(lambda number: shard["codes"][number].long())
+        talks = [[[[[codes(p) if isinstance(p, int) else p for p in side] for side in turn]
+                   for turn in dialogue] for dialogue in talk] for talk in talks]
+        return Picture(name, None, captions, *talks, codes=codes(int(i)))
 
-    def only(self, flag) -> "Encoded":
-        """Those that are `captioned`, or `asked` about."""
-        flags = np.concatenate([shard[flag].numpy() for shard in self.shards] or [[]]).astype(bool)
+    def only(self, kind) -> "Encoded":
+        """Those that have captions, dialogues or edits."""
+        flags = np.concatenate([shard[kind].numpy() for shard in self.shards] or [[]]).astype(bool)
         return Encoded(self.shards, None if flags.all() else np.flatnonzero(flags).astype(np.int32))
 
 
@@ -930,17 +1080,21 @@ class Loader:
     def render(self, task, epoch, index):
         rng = random.Random(f"{self.seed}/{task}/{epoch}/{index}")
         item, common = self.tasks[task][index], (self.vocab, self.tokenizer)
+
+        def drawn(part):
+            if isinstance(part, str) or not self.perturb:
+                return part
+            return self.perturb(part, torch.Generator().manual_seed(rng.getrandbits(63)))
         if task == "text":
             return render_text(*common, item)
-        if task == "vqa":
-            return render_vqa(*common, item.codes, rng.choice(item.dialogues))
-        caption, codes = rng.choice(item.captions), item.codes
+        if task in ("vqa", "edit"):
+            turns = rng.choice(item.dialogues if task == "vqa" else item.edits)
+            return render_dialogue(*common, [(question, [*map(drawn, reply)]) for question, reply in turns])
+        caption = rng.choice(item.captions)
         if task == "i2t":
-            return render_i2t(*common, codes, caption)
+            return render_i2t(*common, item.codes, caption)
         words = None if rng.random() < self.uncond else caption
-        if self.perturb:
-            codes = self.perturb(codes, torch.Generator().manual_seed(rng.getrandbits(63)))
-        return render_t2i(*common, words, codes)
+        return render_t2i(*common, words, drawn(item.codes))
 
     def fill(self, row):
         """First-fit packing -> (task, ids, targets) of each; examples without room wait."""

@@ -6,6 +6,9 @@
     python sample.py i2t picture.png more.png                               # one caption a line
     python sample.py vqa picture.png "how many shapes are there?"
     python sample.py text "A yield expression"
+    python sample.py page "a small red star at the top left on a navy background" --out page.html
+    python sample.py page picture.png "how many shapes are there?"          # how it came about, for a browser
+    python sample.py page "a red star" --serve 8000                         # with a field for other prompts
     python sample.py eval --run runs/demo                                   # a table, and one JSON line last
     python sample.py export FOLDER --run runs/demo                          # a Hugging Face folder
 
@@ -13,14 +16,19 @@ B rows   T positions   V rows of the table to choose from   k of them kept   D h
 """
 
 import argparse
+import base64
 import functools
+import http.server
+import io
 import itertools
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import sys
+import urllib.parse
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -87,12 +95,13 @@ def compiled(device_type):
 
 @torch.inference_mode()
 def generate(model, prompts, n, allowed=None, negatives=None, guidance=1.0, temperature=1.0, top_k=0,
-             top_p=1.0, stop=None, generator=None, compile=False):
+             top_p=1.0, stop=None, generator=None, compile=False, forbidden=None):
     """Continue prompts (lists of ids) by n tokens -> ids (B, n); after a token of `stop`, a row repeats it.
 
     allowed    (first, past_last) rows of the table to choose from; None: all
     negatives  what guidance leads away from, one for each prompt
     generator  a torch.Generator on the model's device, or one for each prompt
+    forbidden  (first, past_last) of the allowed rows that are not to be chosen
     """
     table = model.config.vocab_size + model.config.image_rows
     first, past_last = allowed or (0, table)
@@ -112,6 +121,8 @@ def generate(model, prompts, n, allowed=None, negatives=None, guidance=1.0, temp
         for i in range(n):
             logits = model.logits(x, (first, past_last))            # (B, V), or (2B, V) when guided
             logits = guide(logits, guidance) if guided else logits  # (B, V)
+            if forbidden:
+                logits[:, max(0, forbidden[0] - first):max(0, forbidden[1] - first)] = -math.inf
             ids = first + choose(logits, uniform[:, i], temperature, top_k, top_p)
             ids = out[:, i] = torch.where(ended, out[:, i - 1], ids)    # nothing has ended at i = 0
             if stop:
@@ -270,7 +281,7 @@ def export(run, folder):
 
 # ---- The tasks --------------------------------------------------------------------------------------------
 
-def in_batches(run, prompts, n, allowed, s, numbers=None, negative=None, stop=None):
+def in_batches(run, prompts, n, allowed, s, numbers=None, negatives=None, **options):
     """Yield the ids (B, n) that generate returns for s.batch prompts at a time."""
     longest, most = max(map(len, prompts), default=0), run.model.config.max_position_embeddings
     if longest + n > most:
@@ -280,19 +291,31 @@ def in_batches(run, prompts, n, allowed, s, numbers=None, negative=None, stop=No
         part = prompts[i:i + s.batch]
         # An odd factor keeps seeds apart in the 32 bits that CPUs use.
         seeds = [s.seed * 1_000_003 + number for number in numbers[i:i + s.batch]]
-        yield generate(run.model, part, n, allowed, negative and [negative] * len(part), s.guidance,
-                       s.temperature, s.top_k, s.top_p, stop,
-                       [torch.Generator(run.model.device).manual_seed(seed) for seed in seeds], run.compile)
+        generators = [torch.Generator(run.model.device).manual_seed(seed) for seed in seeds]
+        yield generate(run.model, part, n, allowed, negatives and negatives[i:i + s.batch], s.guidance,
+                       s.temperature, s.top_k, s.top_p, generator=generators, compile=run.compile, **options)
 
 
-def text_to_image(run, prompts, sampling=None, numbers=None):
-    """Prompts -> images; each has a seed of its own from its number (0, 1, ... unless given)."""
-    (h, w), rows, images = run.grid, run.vocab.image_rows, []
-    negative, *positives = [data.render_t2i(run.vocab, run.tokenizer, p)[0] for p in (None, *prompts)]
-    for ids in in_batches(run, positives, h * w, rows, sampling or run.sampling, numbers, negative):
-        codes = run.vocab.ids_to_codes(ids).view(-1, h, w)
-        images += [data.to_image(pixels) for part in codes.split(8) for pixels in run.vqgan.decode(part)]
+def text_to_image(run, prompts, sampling=None, numbers=None, begin=None, rows=0):
+    """Prompts -> images; each has a seed of its own from its number (0, 1, ... unless given).
+
+    Begun with the first `rows` rows of codes of the image `begin`; None for a prompt goes on freely.
+    """
+    if not 0 <= rows < run.grid[0]:
+        raise ValueError(f"--rows {rows}: a picture has {run.grid[0]} rows of codes")
+    begun = run.vocab.codes_to_ids(encode(run, [begin])[0][:rows]).flatten().tolist() if begin else []
+    negative, *positives = [data.render_t2i(run.vocab, run.tokenizer, p)[0] + begun for p in (None, *prompts)]
+    images = []
+    for ids in in_batches(run, positives, math.prod(run.grid) - len(begun), run.vocab.image_rows,
+                          sampling or run.sampling, numbers, [negative] * len(positives)):
+        images += decode(run, torch.cat([ids.new_tensor(begun).expand(len(ids), -1), ids], dim=1))
     return images
+
+
+def decode(run, ids):
+    """Ids of pictures (B, h * w) -> images."""
+    codes = run.vocab.ids_to_codes(ids).view(-1, *run.grid)
+    return [data.to_image(pixels) for part in codes.split(8) for pixels in run.vqgan.decode(part)]
 
 
 def pixels_of(run, images):
@@ -307,34 +330,81 @@ def encode(run, images):
     return [codes for part in parts for codes in run.vqgan.encode(pixels_of(run, part))]
 
 
-def write(run, prompts, n, sampling=None):
-    """Continue prompts (lists of ids) with up to n tokens of text, usually greedily."""
-    room = run.model.config.max_position_embeddings - max(map(len, prompts), default=0)
-    s, n = sampling or replace(run.sampling, temperature=0.0), max(1, min(n, room))
-    stop, texts = {run.vocab.eos, *run.tokenizer.stops}, []
-    for ids in in_batches(run, prompts, n, (0, run.vocab.image_start), s, stop=stop):
+def write(run, prompts, n, sampling=None, draw=False):
+    """Continue prompts (lists of ids), usually greedily -> ids of words, up to the end; draw: or to <boi>."""
+    v, room = run.vocab, run.model.config.max_position_embeddings - max(map(len, prompts), default=0)
+    s, stop = sampling or replace(run.sampling, temperature=0.0), {v.eos, v.boi, *run.tokenizer.stops}
+    rows, n = (0, max(v.image_start, v.boi + 1) if draw else v.image_start), max(1, min(n, room))
+    for ids in in_batches(run, prompts, n, rows, s, stop=stop, forbidden=v.image_rows if draw else None):
         for row in ids.tolist():
-            texts.append(run.tokenizer.decode(list(itertools.takewhile(lambda i: i not in stop, row))))
-    return texts
+            yield row[:1 + next((i for i, token in enumerate(row) if token in stop), n)]
+
+
+def texts(run, prompts, n, sampling):
+    said = write(run, prompts, n, sampling)
+    return [run.tokenizer.decode([i for i in ids if i not in (run.vocab.eos, run.vocab.boi)]) for ids in said]
 
 
 def caption(run, images, sampling=None, n=80):
     """Images -> captions."""
     prompts = [data.render_i2t(run.vocab, run.tokenizer, codes)[0] for codes in encode(run, images)]
-    return write(run, prompts, n, sampling)
+    return texts(run, prompts, n, sampling)
+
+
+def complete(run, beginnings, sampling=None, n=60):
+    """Beginnings -> the text that follows each."""
+    prompts = [data.render_text(run.vocab, run.tokenizer, text, ended=False)[0] for text in beginnings]
+    return texts(run, prompts, n, sampling)
+
+
+def replies(run, dialogues, sampling=None, n=80, draw=False):
+    """Dialogues of turns (question, reply), the last reply None -> its parts: words and images.
+
+    The parts of a question are words, images and data.Pictures. draw: a reply begins with an image.
+    """
+    v, number, s = run.vocab, math.prod(run.grid), sampling or run.sampling
+    seen = {id(p): p for turns in dialogues for p in data.parts_of(turns) if not isinstance(p, str)}
+    opened = [p.open() if isinstance(p, data.Picture) else p for p in seen.values()]
+    codes = dict(zip(seen, encode(run, opened)))
+    coded = [[[side and [codes.get(id(p), p) for p in side] for side in turn] for turn in turns]
+             for turns in dialogues]
+    prompts = [data.render_dialogue(v, run.tokenizer, turns)[0] for turns in coded]
+    parts, rows, most = [[] for _ in prompts], range(len(prompts)), run.model.config.max_position_embeddings
+    while rows:
+        if draw:
+            begun = [prompts[i] + [v.boi] for i in rows]
+            drawn = torch.cat([*in_batches(run, begun, number, v.image_rows, s)])
+            for i, ids, image in zip(rows, drawn.tolist(), decode(run, drawn)):
+                prompts[i] += [v.boi, *ids, v.eoi]
+                parts[i].append(image)
+        said, rows, draw = zip(rows, write(run, [prompts[i] for i in rows], n, sampling, True)), [], True
+        for i, ids in said:
+            if words := run.tokenizer.decode([j for j in ids if j not in (v.eos, v.boi)]).strip():
+                parts[i].append(words)
+            prompts[i] += ids[:-1]
+            if ids[-1] == v.boi and len(prompts[i]) + number + 2 < most:
+                rows.append(i)
+    return parts
+
+
+def reply(run, messages, sampling=None, n=80):
+    """Messages in the layout of transformers' chat templates -> the reply's parts: words and images."""
+    turns = data.read_dialogue(messages, lambda x: data.load_image(x) if isinstance(x, (str, Path)) else x)
+    return replies(run, [turns], sampling, n)[0]
 
 
 def answer(run, images, questions, sampling=None, n=40):
-    """Images and a question about each -> answers."""
-    prompts = [data.render_vqa(run.vocab, run.tokenizer, codes, [(question, None)])[0]
-               for codes, question in zip(encode(run, images), questions, strict=True)]
-    return [text.strip() for text in write(run, prompts, n, sampling)]
+    """Images, or lists of them, and a question about each -> answers."""
+    dialogues = [[([*(image if isinstance(image, list) else [image]), question], None)]
+                 for image, question in zip(images, questions, strict=True)]
+    said = replies(run, dialogues, sampling, n)
+    return [" ".join(part for part in parts if isinstance(part, str)) for parts in said]
 
 
-def complete(run, texts, sampling=None, n=60):
-    """Beginnings -> the text that follows each."""
-    prompts = [data.render_text(run.vocab, run.tokenizer, text, ended=False)[0] for text in texts]
-    return write(run, prompts, n, sampling)
+def edit(run, images, instructions, sampling=None):
+    """Images and an instruction for each -> the images that it makes of them."""
+    dialogues = [[([image, words], None)] for image, words in zip(images, instructions, strict=True)]
+    return [parts[0] for parts in replies(run, dialogues, sampling, draw=True)]
 
 
 # ---- Scores -----------------------------------------------------------------------------------------------
@@ -388,13 +458,34 @@ def score_pictures(run, pictures, graded):
 
 
 def score_answers(run, pictures):
-    """The share of exact answers to one question about each picture."""
-    asked = [(p, *p.dialogues[i % len(p.dialogues)][0]) for i, p in enumerate(pictures) if p.dialogues]
+    """The share of exact answers to the first question of a dialogue about each picture."""
+    asked = [p.dialogues[i % len(p.dialogues)][0] for i, p in enumerate(pictures) if p.dialogues]
     blank, most = torch.zeros(run.grid, dtype=torch.long), run.model.config.max_position_embeddings
-    asked = [x for x in asked                                       # training left out longer ones, too
-             if len(data.render_vqa(run.vocab, run.tokenizer, blank, [(x[1], None)])[0]) < most]
-    said = answer(run, [p.open() for p, _, _ in asked], [question for _, question, _ in asked])
-    return mean(a == b for a, (_, _, b) in zip(said, asked))
+    def fits(question):                 # training left out longer ones, too
+        parts = [part if isinstance(part, str) else blank for part in question]
+        return len(data.render_dialogue(run.vocab, run.tokenizer, [(parts, None)])[0]) < most
+    asked = [(question, " ".join(reply)) for question, reply in asked if fits(question)]
+    said = replies(run, [[(question, None)] for question, _ in asked], n=40)
+    return mean(parts == [right] for parts, (_, right) in zip(said, asked))
+
+
+def score_scenes(run, pictures):
+    """Shares of exact answers, by kind of question."""
+    scores, rngs = {}, [random.Random(p.key) for p in pictures]
+    for kind in ("place", "named", "exists"):
+        asked = [rng.choice(data.questions(p.scene, rng)[kind]) for p, rng in zip(pictures, rngs)]
+        said = answer(run, [p.open() for p in pictures], [question for question, _ in asked])
+        scores[f"vqa_{kind}"] = mean(a == reply for a, (_, reply) in zip(said, asked))
+    return scores
+
+
+def score_edits(run, pictures):
+    """Shares of pictures that are edited exactly, and in which all else is as before."""
+    edits = [(*question, *reply) for p in pictures for (question, reply), in p.edits[:1]]
+    drawn = edit(run, [before.open() for before, _, _ in edits], [words for _, words, _ in edits])
+    scenes = [(data.grade(image), a.scene, b.scene) for image, (a, _, b) in zip(drawn, edits)]
+    return (mean(found == wanted for found, _, wanted in scenes),
+            mean(before.facts() & wanted.facts() <= found.facts() for found, before, wanted in scenes))
 
 
 def readable(picture) -> bool:
@@ -406,20 +497,154 @@ def readable(picture) -> bool:
 def score(run, splits, n=200) -> dict:
     """All scores of a run on held-out examples; None for those that a source cannot give."""
     val, unseen = splits["val"], splits.get("unseen", data.Split([], []))       # built-in data have both
-    pictures = list(itertools.islice(filter(readable, val.pictures), n))
-    own, new = (score_pictures(run, some, "unseen" in splits) for some in (pictures, unseen.pictures[:n]))
+    built_in = "unseen" in splits
+    pictures = (p for p in val.pictures if p.captions or not built_in)
+    pictures = list(itertools.islice(filter(readable, pictures), n))
+    new = [p for p in unseen.pictures if p.captions][:n]
+    own, new = (score_pictures(run, some, built_in) for some in (pictures, new))
+    edited, unchanged = score_edits(run, pictures if built_in else [])
+    new_edits, _ = score_edits(run, [p for p in unseen.pictures if not p.captions][:n])
+    pairs = data.PAIRS[run.config.get("withheld", 0):] if built_in else []
+    colors = complete(run, [f"The color of every {color} {shape} is" for color, shape in pairs], n=4)
     nll, _ = losses(run.model, [data.render_text(run.vocab, run.tokenizer, text) for text in val.texts])
     size = sum(len(text.encode()) for text in val.texts)
-    return {"n": len(pictures), **own, "vqa": score_answers(run, pictures),
+    return {"n": len(pictures), **own, "edit_exact": edited, "edit_unchanged": unchanged,
+            "vqa": score_answers(run, pictures), **score_scenes(run, pictures if built_in else []),
+            "text_color": mean(said.startswith(f" {color}.") for said, (color, _) in zip(colors, pairs)),
             "text_bits_per_byte": float(nll.sum()) / math.log(2) / size if size else None,
             "reconstruction_unseen_combinations": new["reconstruction_exact"],
-            "t2i_unseen_combinations": new["t2i_exact"], "caption_unseen_combinations": new["caption_exact"]}
+            "t2i_unseen_combinations": new["t2i_exact"], "caption_unseen_combinations": new["caption_exact"],
+            "edit_unseen_combinations": new_edits}
 
 
 def print_scores(scores):
     for name, value in scores.items():
         print(f"{name:<38} {'-' if value is None else f'{value:.3f}' if isinstance(value, float) else value}")
     print(json.dumps({name: round(v, 4) if isinstance(v, float) else v for name, v in scores.items()}))
+
+
+# ---- The page: how a drawing, a caption or an answer came about, as one file for any browser --------------
+
+PAGE = Path(__file__).parent / "assets" / "page.html"
+SHOWN, LETTERS = 6, 300         # candidates for each token; the longest words that --serve takes
+
+
+def as_url(pixels, **options):
+    """pixels (3, H, W) -> a URL that holds the picture."""
+    image, file = data.to_image(pixels), io.BytesIO()
+    image.thumbnail((256, 256))
+    image.save(file, "WEBP", **options)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def rounded(x):
+    return x.cpu().double().round(decimals=4).tolist()
+
+
+def name_ids(run, ids):
+    """Ids -> [id, its text, or its code as a number] of each."""
+    v, (first, past_last) = run.vocab, run.vocab.image_rows
+    texts = {i: i - first for i in range(first, past_last)} | {
+        v.bos: "bos", v.eos: "eos", v.boi: "<boi>", v.eoi: "<eoi>", v.uncond: "<unconditional>"}
+    return [[i, texts[i] if i in texts else run.tokenizer.decode([i])] for i in ids]
+
+
+def logits_behind(run, prompt, ids, rows):
+    """Logits (T, V) of the rows from which ids (T,) were chosen behind a prompt; one pass gives all."""
+    whole = torch.tensor([[*prompt, *ids.tolist()]], device=run.model.device)
+    return run.model.logits(run.model.model(whole)[0, len(prompt) - 1:-1], rows)
+
+
+def candidates(run, ids, first, temperature, *kinds):
+    """The chosen ids (T,) and the likeliest others; kinds of logits (T, V), the last of which decide."""
+    z, chosen = torch.stack(kinds), ids[:, None] - first                                    # (S, T, V)
+    shown = z[-1].scatter(1, chosen, math.inf).topk(min(SHOWN, z.shape[-1])).indices        # (T, k)
+    p, at = (z / (temperature or 1)).softmax(-1), shown.expand(len(z), -1, -1)
+    numbers = dict(logits=z.gather(-1, at), p=p.gather(-1, at), others=p.scatter(-1, at, 0).sum(-1))
+    return {"shown": [name_ids(run, row) for row in (shown + first).tolist()],
+            "ids": name_ids(run, ids.tolist()), **{k: rounded(x.transpose(0, 1)) for k, x in numbers.items()}}
+
+
+@torch.inference_mode()
+def explain_drawing(run, prompt):
+    """All that the page shows of how a prompt is drawn."""
+    (h, w), rows, s, f = run.grid, run.vocab.image_rows, run.sampling, run.vqgan.config.f
+    words, t = prompt.split(), s.temperature or 1
+    texts = [prompt, None, *(" ".join(words[:i] + words[i + 1:]) for i in range(len(words)))]
+    given, negative, *shorter = [data.render_t2i(run.vocab, run.tokenizer, text)[0] for text in texts]
+    ids = next(in_batches(run, [given], h * w, rows, s, negatives=[negative]))[0]           # (T,)
+    with run.model.constant_rows():
+        c, u = (logits_behind(run, x, ids, rows) for x in (given, negative))                # (T, V)
+        p = (c / t).softmax(-1)
+        moved = [((logits_behind(run, x, ids, rows) / t).softmax(-1) - p).abs().sum(-1) / 2 for x in shorter]
+    found = candidates(run, ids, rows[0], t, u, c, guide(torch.cat([c, u]), s.guidance))
+    codes, k = run.vocab.ids_to_codes(ids), torch.arange(h * w, device=ids.device)
+    # The decoder looks at neighbors: in place of a code to come stands the one above it, or the last one.
+    done = k[:, None] if h * w <= 256 else k[w - 1::w, None]        # a larger grid comes row by row
+    above = k - (k - done + w - 1).clamp(min=0) // w * w
+    so_far = codes[torch.where(above < 0, done, above)].view(-1, h, w)
+    hidden = (k > done).view(-1, 1, h, w).repeat_interleave(f, 2).repeat_interleave(f, 3)
+    frames = torch.cat([run.vqgan.decode(part) for part in so_far.split(8)]).masked_fill(hidden, 1)
+    patches = []                        # of the candidates, each in its place in the finished picture
+    for (y, x), row in zip(itertools.product(range(h), range(w)), found["shown"]):
+        top, left = max(0, min(y - 3, h - 7)), max(0, min(x - 3, w - 7))
+        around = codes.view(h, w)[top:top + 7, left:left + 7].repeat(len(row), 1, 1)        # (k, 7, 7)
+        around[:, y - top, x - left] = torch.tensor([code for _, code in row])
+        patches.append(run.vqgan.decode(around).unfold(2, f, f).unfold(3, f, f)[:, :, y - top, x - left])
+    scales = sorted({1.0, 1.5, 3.0, 7.0, s.guidance})
+    drawn = [data.to_pixels(text_to_image(run, [prompt], replace(s, guidance=g))[0]) for g in scales]
+    small = functools.partial(as_url, **{"lossless": True} if h * w <= 64 else {"quality": 75})
+    return found | dict(
+        task="t2i", words=words, grid=run.grid, s=asdict(s), first=rows[0], moved=[rounded(x) for x in moved],
+        frames=[small(x) for x in frames], patches=[[small(x) for x in row] for row in patches],
+        scales=[[g, small(x)] for g, x in zip(scales, drawn)], prompt=name_ids(run, given),
+        negative=name_ids(run, negative), end=name_ids(run, [run.vocab.eoi, run.vocab.eos]))
+
+
+@torch.inference_mode()
+def explain_words(run, image, question, s, n):
+    """All that the page shows of how an image gets its caption, or a question its answer."""
+    codes, common, rows = encode(run, [image])[0], (run.vocab, run.tokenizer), (0, run.vocab.image_start)
+    prompt = (data.render_dialogue(*common, [([codes, question], None)]) if question else
+              data.render_i2t(*common, codes))[0]
+    ids = torch.tensor(next(write(run, [prompt], n, s)), device=run.model.device)
+    seen = pixels_of(run, [image])[0], run.vqgan.decode(codes[None])[0]
+    return candidates(run, ids, 0, s.temperature, logits_behind(run, prompt, ids, rows)) | dict(
+        task="vqa" if question else "i2t", words=question.split(), grid=run.grid, s=asdict(s),
+        frames=[as_url(x, lossless=True) for x in seen], prompt=name_ids(run, prompt), first=rows[1])
+
+
+def page(found) -> bytes:
+    """The page with what was found as JSON, in which no text can end the script."""
+    if not PAGE.exists():
+        raise ValueError(f"{PAGE}: no such file; `page` needs a clone of the repository")
+    return data.read_utf8(PAGE).replace("PAGE_DATA", json.dumps(found).replace("<", "\\u003c")).encode()
+
+
+def server(explain, words, port):
+    """For browsers on this machine: one thread explains `words`, or those in the text field."""
+    page({})            # says at once if its file is missing
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        timeout = 2     # browsers open connections in advance, and each would hold up the next request
+
+        def do_GET(self):
+            query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query, keep_blank_values=True)
+            asked = query.get("words", [words])[0]
+            try:
+                if len(asked) > LETTERS:
+                    raise ValueError(f"{len(asked)} letters are too many: at most {LETTERS} fit here")
+                found = explain(asked)
+            except (ValueError, RuntimeError) as error:
+                found = {"error": " ".join(str(error).split())[:300]}
+            self.send_response(400 if "error" in found else 200)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.end_headers()
+            self.wfile.write(page(found | {"asked": asked, "letters": LETTERS}))
+    try:
+        return http.server.HTTPServer(("127.0.0.1", port), Handler)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"--serve {port}: {error}") from None
 
 
 # ---- The command line -------------------------------------------------------------------------------------
@@ -468,10 +693,20 @@ def parser():
     p.add_argument("--prompts", metavar="FILE", help="one prompt a line")
     p.add_argument("--save-dir", "--save_dir", default="drawn", metavar="DIR")
     add("i2t", help="caption").add_argument("pictures", nargs="+")
-    p = add("vqa", help="answer a question")
+    p.add_argument("--begin", metavar="PICTURE", help="keep its first --rows of codes and draw the rest")
+    p.add_argument("--rows", type=int, default=1)
+    p = add("edit", help="edit a picture by words")
     p.add_argument("picture")
+    p.add_argument("instruction")
+    p.add_argument("--out", default="out.png")
+    p = add("vqa", help="answer a question")
+    p.add_argument("pictures", nargs="+")
     p.add_argument("question")
     add("text", help="continue").add_argument("beginning")
+    p = add("page", help="show in a browser how a drawing, a caption or an answer came about")
+    p.add_argument("parts", nargs="+", help="a prompt; a picture to caption; a picture and a question")
+    p.add_argument("--out", default="page.html")
+    p.add_argument("--serve", type=int, metavar="PORT", help="with a text field, to this machine's browsers")
     add("eval", help="score on held-out examples").add_argument("--data", help="where they are now")
     add("export", help="write a Hugging Face folder").add_argument("folder")
     return top
@@ -482,8 +717,8 @@ def main(argv=None):
     try:
         if args.n is not None and args.n < 1:
             raise ValueError(f"--n {args.n}: expected a number from 1")
-        if args.command == "t2i" and not (args.prompt or args.prompts):
-            raise ValueError("t2i needs a prompt, or --prompts FILE")
+        if args.command == "t2i" and not (args.prompt or args.prompts or args.begin):
+            raise ValueError("t2i needs a prompt, --prompts FILE or --begin PICTURE")
         dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
         run = load(args.run, args.vqgan, args.device, dtype)
         given = {k: v for k in vars(run.sampling) if (v := getattr(args, k)) is not None}
@@ -492,15 +727,36 @@ def main(argv=None):
         if args.command == "t2i" and args.prompts:
             draw_all(run, args.prompts, args.save_dir)
         elif args.command == "t2i":
-            text_to_image(run, [args.prompt])[0].save(args.out)
+            begin = data.load_image(args.begin) if args.begin else None
+            text_to_image(run, [args.prompt], begin=begin, rows=args.rows if begin else 0)[0].save(args.out)
+            print(args.out)
+        elif args.command == "edit":
+            edit(run, [data.load_image(args.picture)], [args.instruction])[0].save(args.out)
             print(args.out)
         elif args.command == "i2t":
             for text in caption(run, [data.load_image(file) for file in args.pictures], *words):
                 print(" ".join(text.split()))
         elif args.command == "vqa":
-            print(answer(run, [data.load_image(args.picture)], [args.question], *words)[0])
+            images = [data.load_image(file) for file in args.pictures]
+            print(answer(run, [images], [args.question], *words)[0])
         elif args.command == "text":
             print(args.beginning + complete(run, [args.beginning], *words)[0])
+        elif args.command == "page":
+            files = [part for part in args.parts if os.path.isfile(part)]
+            asked = " ".join(part for part in args.parts if part not in files)
+            if len(files) > 1 or asked.lower().endswith(data.SUFFIXES):
+                raise ValueError("page needs a prompt, or one picture that exists, perhaps with a question")
+            explain = functools.partial(explain_drawing, run)
+            if files:
+                image = data.load_image(files[0])
+                explain = lambda question: explain_words(run, image, question, *words)      # noqa: E731
+            if args.serve is None:
+                data.write_atomically(args.out, lambda file: file.write(page(explain(asked))))
+                print(args.out)
+            else:
+                with server(explain, asked, args.serve) as serving, suppress(KeyboardInterrupt):
+                    print(f"http://127.0.0.1:{serving.server_port}", flush=True)
+                    serving.serve_forever()
         elif args.command == "export":
             export(run, args.folder)
             print(args.folder)

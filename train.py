@@ -13,6 +13,7 @@ A run folder holds config.json, vqgan.pt, codes/, model.pt, log.jsonl and sample
 
 import argparse
 import inspect
+import itertools
 import json
 import math
 import os
@@ -42,7 +43,7 @@ import data
 import sample
 from model import ModelConfig, Transformer, read_config
 from vqgan import (VQGAN, Discriminator, ResnetBlock, VQGANConfig, adaptive_weight, discriminator_loss,
-                   generator_loss, kmeans, nearest, read_checkpoint, sample_far)
+                   generator_loss, nearest, read_checkpoint, sample_far)
 
 
 @dataclass
@@ -86,7 +87,7 @@ class Config:
     init: str | None = None             # Hugging Face folder or hub name of Gemma, Qwen or Llama
     train: str = "all"                  # all, or with --init, rows: of codes and marks
     steps: int | None = None            # steps of the transformer
-    mix: str = "t2i=6,i2t=2,vqa=6,text=1"   # shares of the tasks
+    mix: str = "t2i=6,i2t=2,vqa=6,edit=5,text=1"   # shares of the tasks
     rows: int = 8                       # of a batch, over all processes
     context: int | None = None          # positions of a row
     optimizer: str = "muon"             # muon (with AdamW for tables) or adamw
@@ -154,7 +155,7 @@ def train(cfg: Config, stop=None):
 # ---- Act 1: the tokenizer ---------------------------------------------------------------------------------
 
 VQ_LR, VQ_LR_ADAM = 0.03, 2e-3      # Muon for kernels, AdamW for the rest
-CONTINUOUS = 0.04                   # share of the steps before k-means makes the codebook
+CONTINUOUS = 0.04                   # share of the steps without a codebook
 RESTART_EVERY = 50                  # steps after which unused codes restart elsewhere
 RESTART_UNTIL = 0.75                # share of the steps in which they do
 
@@ -198,7 +199,7 @@ def train_tokenizer(cfg, vq_config, splits, process, log):
 
         # Learn:
         if step == quantize_from:
-            start_codebook(model, pictures, cfg, process)
+            restart_codes(model, pixels, counts == 0, seeded(cfg.seed, step), process)      # all of them
         quantize = step >= quantize_from
         adversary = discriminator if step >= cfg.vq_steps / 2 else None
         out, loss = tokenizer_step(model, pixels, quantize, perceptual, adversary, cfg.adversarial, process)
@@ -260,19 +261,6 @@ def tokenizer_step(model, pixels, quantize, perceptual, adversary, adversarial, 
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
-def start_codebook(model, pictures, cfg, process):
-    """k-means of the vectors of 256 pictures, or as many as have 8 vectors a code."""
-    number = min(len(pictures), max(256, 8 * cfg.codes // ((cfg.image_size // model.config.f) ** 2)))
-    order = torch.randperm(len(pictures), generator=seeded(cfg.seed, 0))[:number].split(cfg.vq_batch)
-    batches = data.read_pixels(pictures, [part.tolist() for part in order], cfg.image_size, cfg.pad)
-    vectors = [model.quantize.vectors(model.latents(to_float(pixels, process.device)))
-               for pixels, _ in batches if pixels is not None]
-    centres = kmeans(torch.cat(vectors), cfg.codes, generator=seeded(cfg.seed, 0))
-    model.quantize.replace(torch.arange(cfg.codes, device=process.device), process.broadcast(centres))
-
-
-@torch.no_grad()
-@torch.compiler.set_stance("force_eager")
 def restart_codes(model, pixels, dead, generator, process):
     """Move unused codes to vectors of rank 0's batch that are far from codes."""
     dead = dead.nonzero().flatten()
@@ -321,7 +309,12 @@ def encode_pictures(cfg, vqgan, splits, process, log) -> dict[str, data.Split]:
     folder, how = Path(cfg.shards or Path(cfg.out) / "codes"), (vqgan.fingerprint(), cfg.image_size, cfg.pad)
     encoded, skipped = {}, []
     for name, split in splits.items():
-        parts = [split.pictures[i:i + SHARD] for i in range(0, len(split.pictures), SHARD)]
+        parts = []
+        for _, group in itertools.groupby(split.pictures, lambda picture: picture.key):
+            group = list(group)             # the pictures of a dialogue share a shard
+            if not parts or len(parts[-1]) + len(group) > SHARD:
+                parts.append([])
+            parts[-1] += group
         jobs = [(folder / f"{name}-{i:05d}.pt", fingerprint(how, part)) for i, part in enumerate(parts)]
         for i in process.bar(range(process.rank, len(parts), process.world), f"2 codes of {name}"):
             found = data.read_shard(*jobs[i])
@@ -347,8 +340,9 @@ def fingerprint(how, pictures):
         path = re.sub(r"(\.tar|\.tgz|\.tar\.\w+):.*", r"\1", p.name)
         file = os.stat(path) if os.path.isfile(path) else None
         codes = p.codes is not None and p.codes.tolist()
-        said.append((p.key, p.captions, p.dialogues, file and (file.st_size, file.st_mtime_ns), codes))
-    return f"{data.digest(json.dumps([how, said])):x}"
+        seen = file and (file.st_size, file.st_mtime_ns), codes
+        said.append((p.name, p.captions, p.dialogues, p.edits, *seen))
+    return f"{data.digest(json.dumps([how, said], default=lambda picture: picture.name)):x}"
 
 
 @torch.compiler.set_stance("force_eager")
@@ -451,7 +445,9 @@ def text_vocabulary(cfg, train, codes):
     chat, said = data.WordTokenizer.chat, list(train.texts)
     for p in train.pictures:
         said += p.captions
-        said += [words for dialogue in p.dialogues for q, a in dialogue for words in (q, chat.lead + a)]
+        for dialogue in p.dialogues + p.edits:
+            replies = [chat.lead + part for part in data.parts_of(dialogue, [1]) if isinstance(part, str)]
+            said += replies + [part for part in data.parts_of(dialogue, [0]) if isinstance(part, str)]
     said += [data.DRAW, data.CAPTION, *chat] * 3        # rarer words are not learned
     tokenizer = data.WordTokenizer.learn(said, cfg.words)
     return tokenizer, tokenizer.vocab(codes)
@@ -899,8 +895,9 @@ def check(cfg, vq_config, splits, world):
         flag("init", 0 <= min(ids) <= max(ids) < v.image_start, f"its table has no row for id {max(ids)}")
         Transformer.from_pretrained(folder, device="meta")      # headers alone
         its = folder / "vqgan.pt"       # an export's
-        same = not its.exists() or cfg.vqgan and len({VQGAN.load(x).fingerprint() for x in (its, cfg.vqgan)}) == 1
-        flag("vqgan", same and (cfg.vqgan or v.boi >= v.image_start), "not that of --init's image rows")
+        codes = {VQGAN.load(x).fingerprint() for x in (its, cfg.vqgan) if x and os.path.exists(x)}
+        fits = len(codes) == 1 and cfg.vqgan or v.image_start == read_config(folder).vocab_size
+        flag("vqgan", fits, "not that of the image rows of --init")
 
 
 def start_run(cfg, ready, process) -> Log:

@@ -216,20 +216,6 @@ def sample_far(vectors, centres, n, generator):
     return vectors[chosen.to(vectors.device)]
 
 
-def kmeans(vectors, k, steps=10, generator=None):
-    """Vectors (N, e) -> centres (k, e): k-means++ (Arthur and Vassilvitskii 2007), then Lloyd's steps."""
-    centres = vectors[:1]
-    while len(centres) < k:                 # a quarter more each time; one by one would take k passes
-        n = min(max(1, len(centres) // 4), k - len(centres))
-        centres = torch.cat([centres, sample_far(vectors, centres, n, generator)])
-    for _ in range(steps):
-        chosen = nearest(vectors, centres)
-        sums = torch.zeros_like(centres).index_add_(0, chosen, vectors)
-        counts = chosen.bincount(minlength=k).unsqueeze(1)
-        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
-    return centres
-
-
 # ---- The whole --------------------------------------------------------------------------------------------
 
 class Output(NamedTuple):

@@ -170,7 +170,7 @@ def sweep(paths, option, values, n=200, plot=None, save=None):
         raise ValueError(f"sweep {' '.join(paths)}: runs with different --withheld saw different scenes")
     splits = data.built_in(0, runs[0].side, runs[0].config["withheld"], train=1, val=n, unseen=n)
     scenes = {"t2i_exact": splits["val"].pictures, "t2i_unseen_combinations": splits["unseen"].pictures}
-    wanted = {name: ([p.captions[0] for p in pictures], [p.scene for p in pictures])
+    wanted = {name: ([p.captions[0] for p in pictures if p.captions], [p.scene for p in pictures if p.captions])
               for name, pictures in scenes.items() if pictures}
     rows, sheet = [], []
     for value, choice in zip(values, tqdm(choices, desc=option)):

@@ -54,7 +54,8 @@ def refused(function, argument, *words):
 
 
 def dumped(value):
-    return json.loads(json.dumps(value))
+    """As JSON keeps it, pictures as their codes."""
+    return json.loads(json.dumps(value, default=lambda x: getattr(x, "codes", x).tolist()))
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -95,31 +96,80 @@ def test_built_in_splits(count):
     withheld, (train, val, unseen) = data.PAIRS[:count], data.built_in(0, 64, count, 800, 50, 50).values()
     assert not {p.scene for p in train.pictures} & {p.scene for p in val.pictures}
     assert val.texts and not set(train.texts) & set(val.texts) and len(set(data.PAIRS)) == 24
-    assert repr(data.built_in(0, 64, count, 9, 50, 0)["train"].pictures) == repr(train.pictures[:9])
+    few = data.built_in(0, 64, count, 9, 50, 0)["train"].pictures
+    assert len(few) > 9 and repr(few) == repr(train.pictures[:len(few)])
 
     def names_one(text):
         return any(re.search(rf"\b{color} {shape}\b", text) for color, shape in withheld)
     for p in train.pictures + val.pictures:
         assert not any((o.color, o.shape) in withheld for o in p.scene.objects)
-        assert not any(map(names_one, [*p.captions, *itertools.chain(*itertools.chain(*p.dialogues))]))
-    assert not any(map(names_one, train.texts)) and len(unseen.pictures) == 50 * (count > 0)
-    for p in unseen.pictures:
-        assert [(o.color, o.shape) in withheld for o in p.scene.objects].count(True) == 1
-        assert all(map(names_one, p.captions))
+        parts = [part for talk in p.dialogues + p.edits for part in data.parts_of(talk)]
+        assert not any(map(names_one, p.captions + [part for part in parts if isinstance(part, str)]))
+    assert not any(map(names_one, train.texts)) and len(unseen.pictures) == 100 * (count > 0)
+    for p, before in zip(unseen.pictures[::2], unseen.pictures[1::2]):
+        for scene, number in ((p.scene, 1), (before.scene, 0)):
+            assert [(o.color, o.shape) in withheld for o in scene.objects].count(True) == number
+        assert all(map(names_one, p.captions)) and before.edits[0][0][1] == [p]
 
 
 def test_answers_are_true():
     """A false answer is learned and scored as the truth, or a question asks for the color of nothing."""
-    objects = Object("small", "red", "square", "top left"), Object("large", "blue", "star", "top right")
-    answers = {"what is the background?": "pink", "how many shapes are there?": "two"}
-    for place, thing, shape, color in (("top left", "a small red square", "square", "red"),
+    objects = [Object("small", "red", "square", "top left"), Object("large", "blue", "star", "top right"),
+               Object("large", "blue", "square", "bottom left")]
+    place = {"what is the background?": "pink", "how many shapes are there?": "three"}
+    for where, thing, shape, color in (("top left", "a small red square", "square", "red"),
                                        ("top right", "a large blue star", "star", "blue"),
-                                       ("bottom left", "nothing", "none", None),
+                                       ("bottom left", "a large blue square", "square", "blue"),
                                        ("bottom right", "nothing", "none", None)):
-        answers |= {f"what is at the {place}?": thing, f"which shape is at the {place}?": shape,
-                    f"is there anything at the {place}?": "yes" if color else "no"}
-        answers |= {f"what color is the shape at the {place}?": color} if color else {}
-    assert dict(data.questions(Scene("pink", objects))) == answers
+        place |= {f"what is at the {where}?": thing, f"which shape is at the {where}?": shape,
+                  f"is there anything at the {where}?": "yes" if color else "no"}
+        place |= {f"what color is the shape at the {where}?": color} if color else {}
+    asked = data.questions(Scene("pink", tuple(objects)), random.Random(0))
+    assert dict(asked["place"]) == place
+    assert dict(asked["named"]) == {        # nothing about "the square" or "the blue shape": there are two
+        "how many squares are there?": "two", "how many stars are there?": "one",
+        "which shape is red?": "square", "what color is the star?": "blue",
+        "where is the star?": "top right", "is the star small or large?": "large"}
+    there = {f"is there a {o.color} {o.shape}?" for o in objects}
+    assert {question for question, reply in asked["exists"] if reply == "yes"} == there
+    assert len(asked["exists"]) == 6 and {reply for _, reply in asked["exists"]} == {"yes", "no"}
+
+
+def test_edits():
+    """An instruction that another scene answers as well, that changes two things, or leads to a withheld pair."""
+    kinds = set()
+    for i in range(600):
+        rng = random.Random(i)
+        before = data.random_scene(rng)
+        after = data.change(before, rng)
+        assert len(before.facts() ^ after.facts()) in (2, 4)        # a move changes two places
+        assert not any((o.color, o.shape) in data.PAIRS[:3] for o in after.objects)
+        there, back = (data.instruct(*pair, rng) for pair in ((before, after), (after, before)))
+        assert obey(before, there) == after and obey(after, back) == before, there
+        kinds.add(there.split()[0])
+    assert kinds == {"make", "change", "add", "put", "remove", "take", "turn", "move"}
+
+
+KNOWN = dict(size=data.SIZES, color=data.COLORS, shape=data.SHAPES, place=data.PLACES)
+
+
+def obey(scene, words):
+    """What a person makes of an instruction."""
+    find = re.compile("|".join(itertools.chain(*KNOWN.values()))).findall
+    if "background" in words:
+        return scene._replace(background=words.split()[-1])
+    at = {o.place: o for o in scene.objects}
+    if re.match("(add|put) a ", words):
+        at[find(words)[3]] = Object(*find(words))
+    else:
+        name, value = re.fullmatch(r"(?:make|change|turn|move|put|remove|take away) (the shape at the \w+ \w+|"
+                                   r"the .*?(?:circle|square|triangle|star))(.*)", words).groups()
+        old, = [o for o in scene.objects if {*find(name)} <= {*o}]
+        del at[old.place]
+        for new in find(value):
+            moved = old._replace(**{next(k for k, known in KNOWN.items() if new in known): new})
+            at[moved.place] = moved
+    return Scene(scene.background, tuple(at[place] for place in data.PLACES if place in at))
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -128,6 +178,7 @@ def test_answers_are_true():
 VOCAB = Vocab(300, 301, 302, boi=303, eoi=304, uncond=305, eol=306, image_start=400, image_size=16)
 
 
+@pytest.mark.code_to_id
 def test_vocabulary():
     """Codes come back as others or share their rows with words or marks, or a word is decoded as a code."""
     codes = torch.arange(16).view(2, 2, 4)
@@ -263,32 +314,35 @@ PICTURE = [303, 403, 400, 415, 407, 304]       # <boi>, raster order, <eoi>
 TURNS = [(["how?"], ["so", CODES]), ([CODES, "why?"], [CODES])]
 
 
-@pytest.mark.parametrize("rendering, layout", [
-    (data.render_t2i(VOCAB, Bytes(), "a dog", CODES),
-     [([300, *b"a dog Generate an image based on this description.", 303], 0), ([*PICTURE[1:], 301], 1)]),
-    (data.render_t2i(VOCAB, Bytes(), None, CODES), [([300, 305, 303], 0), ([*PICTURE[1:], 301], 1)]),
-    (data.render_i2t(VOCAB, Bytes(), CODES, "a dog"),
+@pytest.mark.answer_loss
+@pytest.mark.parametrize("render, given, layout", [
+    pytest.param(data.render_t2i, ["a dog", CODES], [
+        ([300, *b"a dog Generate an image based on this description.", 303], 0), ([*PICTURE[1:], 301], 1)],
+                 marks=pytest.mark.t2i_template),
+    pytest.param(data.render_t2i, [None, CODES], [([300, 305, 303], 0), ([*PICTURE[1:], 301], 1)],
+                 marks=pytest.mark.t2i_template),
+    (data.render_i2t, [CODES, "a dog"],
      [([300, *PICTURE, *b"The caption of this image is:"], 0), ([*b"a dog", 301], 1)]),
-    (data.render_vqa(VOCAB, Bytes(), CODES, [("how?", "so"), ("why?", "no")]),
+    (data.render_dialogue, [[([CODES, "how?"], ["so"]), (["why?"], ["no"])]],
      [([300, *b"U:", *PICTURE, *b"\nhow?M:"], 0), (b"~soE", 1), (b"A:why?M:", 0), ([*b"~noE", 301], 1)]),
-    (data.render_dialogue(VOCAB, Bytes(), TURNS),
-     [([300, *b"U:how?M:"], 0), ([*b"~so", *PICTURE, *b"E"], 1), ([*b"A:", *PICTURE, *b"why?M:"], 0),
+    (data.render_dialogue, [TURNS],
+     [([300, *b"U:how?M:"], 0), ([*b"~so", *PICTURE, *b"E"], 1), ([*b"A:", *PICTURE, *b"\nwhy?M:"], 0),
       ([*PICTURE, *b"E", 301], 1)]),
-    (data.render_text(VOCAB, Bytes(), "a dog"), [([300], 0), ([*b"a dog", 301], 1)])],
-    ids=["t2i", "uncond", "i2t", "vqa", "dialogue", "text"])
-def test_layout(rendering, layout):
+    (data.render_text, ["a dog"], [([300], 0), ([*b"a dog", 301], 1)])],
+    ids=["t2i", "uncond", "i2t", "vqa", "edit", "text"])
+def test_layout(render, given, layout):
     """Loss on the prompt, none on the answer's end, targets one place off, or words without condition."""
     ids = [i for part, _ in layout for i in part]
     answer = [i if learned else IGNORE for part, learned in layout for i in part]
-    assert rendering == (ids, answer[1:] + [IGNORE])
+    assert render(VOCAB, Bytes(), *given) == (ids, answer[1:] + [IGNORE])
 
 
+@pytest.mark.answer_loss
 @pytest.mark.parametrize("tokenizer", [Bytes(), Pairs()], ids=["bytes", "pairs"])
 @pytest.mark.parametrize("render, unanswered, answered", [
     (data.render_t2i, ["a dog"], ["a dog", CODES]), (data.render_t2i, [None], [None, CODES]),
     (data.render_i2t, [CODES], [CODES, "no"]), (data.render_text, ["a ", False], ["a dog"]),
-    (data.render_vqa, [CODES, [("how?", None)]], [CODES, [("how?", "no"), ("why?", "so")]]),
-    (data.render_vqa, [CODES, [("how?", "a"), ("why", None)]], [CODES, [("how?", "a"), ("why", "so")]]),
+    (data.render_dialogue, [[([CODES, "how?"], None)]], [[([CODES, "how?"], ["no"]), (["why?"], ["so"])]]),
     (data.render_dialogue, [[(["how?"], None)]], [TURNS]),
     (data.render_dialogue, [[TURNS[0], (TURNS[1][0], None)]], [TURNS])])
 def test_prompts_are_prefixes(tokenizer, render, unanswered, answered):
@@ -427,6 +481,12 @@ def test_reading_ahead():
 # -----------------------------------------------------------------------------------------------------------
 # Sources
 
+def talks(pictures, kind="dialogues"):
+    """Dialogues of each picture, each turn a flat list of words and of keys of pictures."""
+    return [[[[getattr(part, "key", part) for part in data.parts_of([turn])] for turn in talk]
+             for talk in getattr(p, kind)] for p in pictures]
+
+
 def tar_of(path, members):
     """members: {name: content, or a type and target of a link}"""
     with tarfile.open(path, "w") as tar:
@@ -452,9 +512,9 @@ def test_files(tmp_path, prefix):
         path = [put(tmp_path / "x" / name, content) for name, content in FILES.items()] and tmp_path / "x"
     else:
         path = tar_of(tmp_path / "x.tar", {prefix + name: content for name, content in FILES.items()})
-    found = {p.key: (p.captions, p.dialogues, p.open().getpixel((0, 0))) for p in data.read_pictures(path)}
+    found = {p.key: (p.captions, talks([p])[0], p.open().getpixel((0, 0))) for p in data.read_pictures(path)}
     assert found == {"a": (["one", "two"], [], RED), "c.d": (["same"], [], RED), "e": ([], [], RED),
-                     "deep/er/B": (["blue"], [[("what?", "sea")], [("how?", "so")]], BLUE)}
+                     "deep/er/B": (["blue"], [[["deep/er/B", "what?", "sea"]], [["deep/er/B", "how?", "so"]]], BLUE)}
 
 
 def test_tars(tmp_path):
@@ -474,20 +534,27 @@ def test_tars(tmp_path):
 
 def test_rows(tmp_path):
     """A published list has to be rewritten first, or a line is cut in two within its caption."""
-    for name in "abc":
+    for name in "abcd":
         put(tmp_path / "sub" / f"{name}.png", png())
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "Blue."},
              {"from": "human", "value": "And this?"}, {"from": "gpt", "value": "Red."}]
+    parts = [{"type": "image", "image": "sub/b.png"}, {"type": "text", "text": " make it blue"}]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts},
+                {"role": "assistant", "content": [{"type": "image", "image": "sub/d.png"}]},
+                {"role": "user", "content": "thanks"}, {"role": "assistant", "content": "Yes."}]
     rows = [{"image": "sub/a.png", "text": "ours\u2028\x85one line"},
             {"image_path": "sub/b.png", "text_prompt": "Liquid's"},
             {"image": "sub/c.png", "conversations": turns},
             {"data_type": "t2i", "text": "encoded", "vqcode_512": str(list(range(16)))},
             {"data_type": "t2i", "text": "encoded", "vqcode_512": [[3, 1], [2, 0]]},
-            {"image": "sub/../sub/a.png", "text": "again"}]         # as in COCO, a picture has many captions
+            {"image": "sub/../sub/a.png", "text": "again"},         # as in COCO, a picture has many captions
+            {"messages": messages}]
     lines = "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    ours, raw, llava, flat, square = data.read_pictures(put(tmp_path / "x.jsonl", "\ufeff" + lines + "\n"))
+    ours, raw, edited, llava, flat, square = data.read_pictures(put(tmp_path / "x.jsonl", "\ufeff" + lines + "\n"))
     assert ours.captions == ["ours\u2028\x85one line", "again"] and raw.captions == ["Liquid's"]
-    assert (llava.captions, llava.dialogues) == ([], [[("What is it?", "Blue."), ("And this?", "Red.")]])
+    assert talks([llava]) == [[[["sub/c", "What is it?", "Blue."], ["And this?", "Red."]]]]
+    talk = [["Be brief.", "sub/b", "make it blue", "sub/b"], ["thanks", "Yes."]]    # one key for both
+    assert talks([raw], "edits") == [[talk]] and raw.edits[0][0][1] == [edited] and "d.png" in edited.name
     assert all(p.open().getpixel((0, 0)) == RED and p.codes is None for p in (ours, raw, llava))
     assert flat.captions == ["encoded"] and torch.equal(flat.codes, torch.arange(16).view(4, 4))
     assert square.codes.tolist() == [[3, 1], [2, 0]] and square.codes.dtype == torch.int64
@@ -501,7 +568,7 @@ def own(tmp_path, files):
 
 
 def said(path):
-    return {p.key: (p.captions, p.dialogues) for p in data.read_pictures(path)}
+    return {p.key: (p.captions, talks([p])[0]) for p in data.read_pictures(path)}
 
 
 META = {"a.png": png(), "sub/b.jpg": png(BLUE), "c.png": png(), "c.txt": "beside"}
@@ -537,12 +604,16 @@ SYSTEM, CHAT = {"role": "system", "content": "s"}, {"role": "assistant", "conten
 
 
 @pytest.mark.parametrize("turns, wanted", [
-    ([ASK, SAY], [("q", "a")]), ([SYSTEM, ASK, SAY, ASK, CHAT], [("s\nq", "a"), ("q", "b")]),
-    ([SAY, ASK, SAY], [("a\nq", "a")]), ([ASK, ASK, SAY, ASK], [("q\nq", "a")]), ([SAY, ASK], []), ([SYSTEM, SAY], [("s", "a")])])
+    ([ASK, SAY], [["a", "q", "a"]]), ([SYSTEM, ASK, SAY, ASK, CHAT], [["s", "a", "q", "a"], ["q", "b"]]),
+    ([ASK, ASK, SAY], [["a", "q", "q", "a"]]), ([SYSTEM, SAY], [["a", "s", "a"]]),
+    ([SAY, ASK, SAY], None), ([ASK, SAY, ASK], None), ([SAY, ASK], None), ([{"from": "x", "value": "q"}, SAY], None)])
 def test_who_speaks_decides_what_is_learned(tmp_path, turns, wanted):
     """The model learns to say what its user said, because somebody else began to talk."""
     file = put(tmp_path / "x.json", json.dumps([{"image": "a.png", "conversations": turns}]))
-    assert data.read_pictures(file)[0].dialogues == ([wanted] if wanted else [])
+    if wanted is None:
+        refused(data.read_pictures, file, file, "line 1")
+    else:
+        assert talks(data.read_pictures(file)) == [[wanted]]
 
 
 def test_rows_without_a_picture(tmp_path):
@@ -664,35 +735,42 @@ def test_splits(tmp_path):
 # Shards
 
 def some_pictures(n=3, codes=0):
-    return [Picture(f"p{i}", None, ["é \ud800", "b"][:i], [[("q", "a"), ("r", "中")]] * (i % 2),
-                    codes=torch.arange(4).view(2, 2) + codes + i) for i in range(n)]
+    pictures = [Picture(f"p{i}", None, ["é \ud800", "b"][:i], codes=torch.arange(4).view(2, 2) + codes + i)
+                for i in range(n)]
+    for p, other in zip(pictures[:2], pictures[1:]):
+        p.edits.append([(["q", p], [other, "a"]), (["r"], ["中"])])
+        other.ask(("q", "a"), ("r", "中"))
+    return pictures
 
 
 def fields(pictures):
-    return [dumped([p.name, p.captions, p.dialogues, p.codes.tolist()]) for p in pictures]
+    return [dumped([p.name, p.captions, p.dialogues, p.edits, p.codes.tolist()]) for p in pictures]
 
 
 @pytest.mark.parametrize("codes", [0, 2 ** 16 - 2, 2 ** 16])
 def test_shards(tmp_path, codes):
     """Captions, dialogues or codes are lost or changed between encoding and training."""
     parts, shards = [some_pictures(3, codes), [], some_pictures(2, 7)], []
+    every = fields(itertools.chain(*parts))
+    parts[0][0].dialogues.append([(["q", Picture("unreadable")], ["a"])])       # left out with the picture
     for i, part in enumerate(parts):
         data.write_shard(tmp_path / "deep" / f"{i}.pt", part, "print", {"bad.png": "why"})
         shards.append(data.read_shard(tmp_path / "deep" / f"{i}.pt", "print"))
-    pictures, every = data.Encoded(shards), fields(itertools.chain(*parts))
+    pictures = data.Encoded(shards)
     assert len(pictures) == 5 and fields(pictures) == every and shards[1]["skipped"] == {"bad.png": "why"}
     assert all(p.codes.dtype == torch.int64 for p in pictures)
     tasks = data.tasks_of(data.Split(pictures, ["text"]))
     assert fields(tasks["t2i"]) == [f for f in every if f[1]] and len(tasks["t2i"]) == 3
     assert fields(tasks["vqa"]) == [f for f in every if f[2]] and tasks["text"] == ["text"]
-    assert len(data.Encoded([]).only("asked")) == 0
+    assert fields(tasks["edit"]) == [f for f in every if f[3]] and len(tasks["edit"]) == 3
+    assert len(data.Encoded([]).only("dialogues")) == 0
 
 
 def test_shards_stay_on_the_disk(tmp_path):
     """Opening a run reads all of its captions and codes into memory."""
     path, codes = tmp_path / "x.pt", torch.full((64, 64), 0x4242)
     data.write_shard(path, [Picture("MARK", None, ["c"], codes=codes)] * 50, "print")
-    captioned, raw = data.Encoded([data.read_shard(path, "print")]).only("captioned"), path.read_bytes()
+    captioned, raw = data.Encoded([data.read_shard(path, "print")]).only("captions"), path.read_bytes()
     with open(path, "r+b") as file:         # in place: what is not yet read changes
         file.write(raw.replace(b"MARK", b"READ").replace(b"\x42\x42", b"\x43\x43"))
     assert len(captioned) == 50 and captioned[49].name == "READ" and (captioned[49].codes == 0x4343).all()
@@ -719,17 +797,20 @@ def texts_of(lengths):
     return [(f"{i} " + "x" * n)[:max(n, 4)] for i, n in enumerate(lengths)]
 
 
-MIX = {"t2i": 4, "i2t": 2, "vqa": 2, "text": 2}
+MIX = {"t2i": 3, "i2t": 2, "vqa": 2, "edit": 1, "text": 2}
 
 
 def mixed(n=40, mix=MIX, **options):
     """A loader of all tasks with pictures of 4 codes."""
     rng = random.Random(0)
     pictures = [Picture(str(i), None, [f"caption {i} " + "c" * rng.randrange(20), f"other {i}"],
-                        [[(f"q{i}", "a")], [("first", "x"), (f"second {i}", "y" * rng.randrange(9))]],
                         codes=torch.tensor([[i % 16, i // 16], [0, 15]])) for i in range(n)]
+    for i, p in enumerate(pictures):
+        p.dialogues = [[([p.codes, f"q{i}"], ["a"])],
+                       [([p.codes, "first"], ["x"]), ([f"second {i}"], ["y" * rng.randrange(9)])]]
+        p.edits = [[([p.codes, f"{words} {i}"], [pictures[i - 1].codes])] for words in ("back", "again")]
     texts = texts_of(rng.randrange(4, 100) for _ in range(n))
-    tasks = {"t2i": pictures, "i2t": pictures, "vqa": pictures, "text": texts}
+    tasks = {"t2i": pictures, "i2t": pictures, "vqa": pictures, "edit": pictures, "text": texts}
     return Loader(tasks, mix, VOCAB, Bytes(), **{"rows": 6, "context": 160} | options)
 
 
@@ -816,12 +897,12 @@ def test_resume_with_other_data():
 
 def test_choices_of_an_example():
     """Captions change with the number of processes or after a resumption, or each epoch is like the first."""
-    keys = list(itertools.product(("t2i", "i2t", "vqa"), (0, 1), range(40)))
+    keys = list(itertools.product(("t2i", "i2t", "vqa", "edit"), (0, 1), range(40)))
     loaders = mixed(), mixed(rows=2, context=300, rank=1, world=2), mixed(seed=1)
     take(loaders[1], 3)
     first, same, seed = ({key: loader.render(*key) for key in keys} for loader in loaders)
     assert first == same
-    for task in ("t2i", "i2t", "vqa"):
+    for task in ("t2i", "i2t", "vqa", "edit"):
         assert any(first[task, 0, i] != first[task, 1, i] for i in range(40))
         assert any(first[task, 0, i] != seed[task, 0, i] for i in range(40))
 
@@ -847,17 +928,22 @@ def test_unconditional_and_noisy_drawings():
     for task, i in itertools.product(data.TASKS, range(20)):
         (ids, targets), (moved, wanted) = clean.render(task, 0, i), noisy.render(task, 0, i)
         shifts = {(y - x) % 16 for x, y in zip(ids, moved)} - {0}
-        assert len(shifts) == (task == "t2i") and all(400 <= x < 416 for x, y in zip(ids, moved) if x != y)
+        assert len(shifts) == (task in ("t2i", "edit")) and all(400 <= x < 416 for x, y in zip(ids, moved) if x != y)
         assert wanted == [t if t == IGNORE else x for t, x in zip(targets, moved[1:] + [IGNORE])]
 
 
 def test_padding():
     """Computing is bought for padding, or the mix of examples is not the one asked for."""
-    train = data.built_in(0, train=300, val=1, unseen=0)["train"]
+    train, codes = data.built_in(0, train=300, val=1, unseen=0)["train"], torch.zeros(4, 4, dtype=torch.int64)
+    said = [*train.texts, *[data.DRAW, data.CAPTION] * 3]
     for p in train.pictures:
-        p.codes = torch.zeros(4, 4, dtype=torch.int64)
-    said = [[*p.captions, *itertools.chain(*itertools.chain(*p.dialogues))] for p in train.pictures]
-    tokenizer = WordTokenizer.learn([*itertools.chain(*said), *train.texts, *[data.DRAW, data.CAPTION] * 3])
+        p.codes = codes
+        said += p.captions
+        for talk in p.dialogues + p.edits:
+            said += [part for part in data.parts_of(talk) if isinstance(part, str)]
+            talk[:] = [tuple([part if isinstance(part, str) else codes for part in side] for side in turn)
+                       for turn in talk]
+    tokenizer = WordTokenizer.learn(said)
     loader = Loader(data.tasks_of(train), MIX, tokenizer.vocab(16), tokenizer, 8, 256)
     assert np.mean([(batch.documents == -1).float().mean() for batch, _ in take(loader, 30)]) < 0.06
     counts = sum((Counter(state["drawn"]) for state in loader.states.values()), Counter())

@@ -294,7 +294,7 @@ def test_an_evil_shard_is_made_again_and_runs_nothing(few, copy):
     path = copy / "codes" / "val-00000.pt"
     torch.save({"format": data.FORMAT, "rows": Evil(copy / "evil")}, path)
     train.main(["--out", str(copy), "--resume"])
-    assert not (copy / "evil").exists() and len(torch.load(path, weights_only=True)["codes"]) == 4
+    assert not (copy / "evil").exists() and len(torch.load(path, weights_only=True)["codes"]) == 8     # each scene and its edit
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -527,7 +527,6 @@ def test_a_run_knows_its_data_from_everywhere_and_where_they_are_now(tmp_path, m
     monkeypatch.chdir(own_pictures(tmp_path / "own").parent)
     train.main(flags("run", data="own", text="own/0.txt", **OWN))
     train.main(["--resume", "--out", "run", "--data", "own"])
-    before = [(file.name, file.read_bytes()) for file in Path("run/codes").iterdir()]
     (tmp_path / "own").rename(tmp_path / "moved")
     own_pictures(tmp_path / "else" / "own", 3)
     monkeypatch.chdir(tmp_path / "else")
@@ -539,7 +538,6 @@ def test_a_run_knows_its_data_from_everywhere_and_where_they_are_now(tmp_path, m
     put(tmp_path / "own" / "0.txt", "text")
     train.main(["--resume", "--out", "../run", "--data", "../moved"])
     sample.main([*score, "--data", "."])
-    assert before == [(file.name, file.read_bytes()) for file in Path("../run/codes").iterdir()]
 
 
 def test_drawings_of_something_else_are_not_taken_for_these(whole, tmp_path, monkeypatch):
@@ -649,6 +647,7 @@ def test_a_damaged_layout_is_named(whole, tmp_path):
 
 FORBIDDEN = {"eval", "exec", "compile", "os.system", "os.popen", "pickle", "subprocess", "socket", "urllib",
              "requests", "http", "shelve", "marshal", "ftplib", "importlib.import_module", "torch.hub.load"}
+SERVES = {"sample": {"http.server", "urllib.parse"}}        # `page --serve` answers; neither module asks
 IMPORTED_BY_NAME = {"data": ["extra"], "model": ["pretrained_extra"]}       # extras, when they are asked for
 
 
@@ -663,7 +662,11 @@ def test_no_source_runs_code_from_a_file_or_reaches_for_the_network(name):
     tree = ast.parse(text)
     nodes = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
     imported = {part.split(".")[0] for node in nodes
-                for part in [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]}
+                for part in [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+                if part not in SERVES.get(name, ())}
+    served = [ast.unparse(node.args[0]) for function, node in calls_in(tree) if function.endswith("HTTPServer")]
+    assert served == (["('127.0.0.1', port)"] if name in SERVES else [])         # this machine alone
+    assert "http.client" not in text and "urllib.request" not in text
     called = {function for function, _ in calls_in(tree)}
     assert not FORBIDDEN & (imported | called) and "trust_remote_code" not in text
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]

@@ -113,6 +113,7 @@ def test_bf16_autocast_trains_with_nearly_the_gradients_of_float32():
 # -----------------------------------------------------------------------------------------------------------
 # Masks and the cache
 
+@pytest.mark.packed_rows
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("flex", [False, True], ids=["mask", "flex"])
 @everywhere
@@ -143,6 +144,7 @@ def test_flex_runs_where_its_kernels_do(monkeypatch, device, major, kilobytes, h
     assert flex_runs(torch.device(device), head_dim) == wanted
 
 
+@pytest.mark.cache
 @everywhere
 @torch.no_grad()
 def test_cache_equals_no_cache(name):
@@ -186,6 +188,7 @@ TABLES = pytest.mark.parametrize("options", [
     ids=["codebook", "codebook, untied", "free", "free, untied"])
 
 
+@pytest.mark.table_logits
 @TABLES
 @torch.no_grad()
 def test_a_table_in_parts_equals_one_table(options):

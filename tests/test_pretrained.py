@@ -99,6 +99,7 @@ def decode(model, ids, prompt, padding=None):
     return torch.cat([model(part, cache=cache) for part in parts], dim=1)
 
 
+@pytest.mark.rotary
 @pytest.mark.parametrize("name", SHAPES)
 @torch.no_grad()
 def test_logits_are_those_of_transformers(name, tmp_path):

@@ -2,7 +2,9 @@
 
 import dataclasses
 import inspect
+import itertools
 import math
+import random
 
 import numpy as np
 import pytest
@@ -56,6 +58,7 @@ def slowly(model, prompt, n, rows, negative, guidance):
     return ids[len(prompt):]
 
 
+@pytest.mark.guidance
 @everywhere
 @torch.no_grad()
 def test_guidance_in_a_padded_batch_equals_two_passes_of_each_prompt_alone(name):
@@ -126,6 +129,7 @@ def test_same_seed_same_draw_in_any_batch_and_another_seed_another_draw():
     assert len(together.unique()) > 5
 
 
+@pytest.mark.top_k_top_p
 def test_top_k_and_top_p_keep_what_they_say_and_draw_in_proportion():
     """Unlikely tokens that --top-k or --top-p should keep out, or a draw that favors some of the rest."""
     n, square = 1000, [0.0225, 0.25, 0.0025, 0.09]
@@ -219,8 +223,8 @@ def test_captions_stand_one_a_line_in_the_order_of_the_files(run, tmp_path, monk
 def test_prompts_come_in_batches_that_the_model_can_read(run, monkeypatch):
     """--batch that bounds drawings and no captions, or positions that training never had."""
     calls, generate = [], sample.generate
-    monkeypatch.setattr(sample, "generate", lambda model, prompts, n, *rest: (
-        calls.append((len(prompts), n)) or generate(model, prompts, 1, *rest)))
+    monkeypatch.setattr(sample, "generate", lambda model, prompts, n, *rest, **options: (
+        calls.append((len(prompts), n)) or generate(model, prompts, 1, *rest, **options)))
     few = dataclasses.replace(run, sampling=sample.Sampling(batch=2))
     sample.caption(few, [picture()] * 5, n=2)
     assert calls == [(2, 2), (2, 2), (1, 2)]
@@ -296,7 +300,7 @@ class Parrot:
 
 def test_every_score_is_what_is_counted_by_hand(monkeypatch):
     """A score inverted, in another unit, or of another task or split: each has its own share of mistakes."""
-    val, unseen, train = (data.scenes(n, 0, name, 32, unseen=name == "unseen")
+    val, unseen, train = (data.scenes(n, 0, name, 32, unseen=name == "unseen", edited=n)
                           for name, n in (("val", 20), ("unseen", 4), ("train", 30)))
     texts = [*(c for p in train for c in p.captions), data.DRAW * 3, data.CAPTION * 3]
     tokenizer, vqgan = data.WordTokenizer.learn(texts), Exact()
@@ -304,36 +308,90 @@ def test_every_score_is_what_is_counted_by_hand(monkeypatch):
     model = Parrot(vocab)
     run, common = sample.Run(model, vqgan, vocab, tokenizer, (2, 2), {}), (vocab, tokenizer)
     codes = {p.name: vqgan.encode(data.to_pixels(p.open()))[0] for p in [*val, *unseen]}
-    for pictures, blank, misread, misheard in ((val, 3, 2, 5), (unseen, 1, 2, 4)):  # mistakes, the first ones
+
+    def learn_edit(before, wrong=None):
+        (((_, words), (after,)),), seen = before.edits[0], codes[before.name]
+        drawn = codes[after.name] if wrong is None else wrong
+        prompt, whole = (data.render_dialogue(*common, [([seen, words], reply)])[0] for reply in (None, [drawn]))
+        for n in (1, 6):                # from <boi> the codes, and from <eoi> on the end
+            model.learn([whole[:len(prompt) + n]], [whole])
+    for i, (before, after) in enumerate(zip(val[::2], val[1::2])):      # 2 blank pictures, 3 left as they were
+        learn_edit(before, codes[before.name] // 49 * 49 if i < 2 else codes[before.name] if i < 5 else None)
+    for i, before in enumerate(unseen[1::2]):
+        learn_edit(before, codes[before.name] if i < 3 else None)
+    lost = sum(bool({*p.scene.objects} & {*q.scene.objects}) for p, q in zip(val[:4:2], val[1:4:2]))
+    for i, (color, shape) in enumerate(data.PAIRS):
+        start = f"The color of every {color} {shape} is"
+        said = " grey." if i < 6 else f" {color}."
+        model.learn(data.render_text(*common, start, False), data.render_text(*common, start + said))
+    for pictures, blank, misread, misheard in ((val[::2], 3, 2, 5), (unseen[::2], 1, 2, 4)):    # mistakes
         for i, p in enumerate(pictures):
             seen, words = codes[p.name], p.captions[0]
-            question, answer = p.dialogues[i % len(p.dialogues)][0]
             drawn = seen // 49 * 49 if i < blank else seen          # the background alone
             model.learn(data.render_t2i(*common, words), data.render_t2i(*common, words, drawn))
             model.learn(data.render_i2t(*common, seen),
                         data.render_i2t(*common, seen, words + " or not" if i < misread else words))
-            model.learn(data.render_vqa(*common, seen, [(question, None)]),
-                        data.render_vqa(*common, seen, [(question, "no idea" if i < misheard else answer)]))
+            asked = itertools.chain(*(itertools.chain(*data.questions(p.scene, random.Random(n)).values())
+                                      for n in range(20)))         # all near misses among them
+            for question, answer in [*asked, *((talk[0][0][1], talk[0][1][0]) for talk in p.dialogues)]:
+                reply = "no idea" if i < misheard else answer
+                model.learn(data.render_dialogue(*common, [([seen, question], None)]),
+                            data.render_dialogue(*common, [([seen, question], [reply])]))
     monkeypatch.setattr(sample, "generate", Parrot.generate)
-    used = [set(codes[p.name].flatten().tolist()) for p in [*val, *unseen]]
+    used = [set(codes[p.name].flatten().tolist()) for p in val[::2]]
     vqgan.broken = min(used[0] - set().union(*used[1:]))            # in one picture alone
     first = val[0].open()
     error = np.asarray(first, float) - data.to_image(vqgan.decode(codes[val[0].name][None]))
     psnr = 10 * math.log10(255 ** 2 / np.square(error).mean())      # a perfect one counts as 100 dB
-    objects = [len(p.scene.objects) for p in val]
+    objects = [len(p.scene.objects) for p in val[::2]]
     splits = {name: data.Split(pictures, texts) for name, pictures, texts in
               (("train", train, ["aab"]), ("val", val, ["ab", "é"]), ("unseen", unseen, []))}
     scores = sample.score(run, splits)
     assert scores == pytest.approx({
-        "n": 20, "reconstruction_psnr": (19 * 100 + psnr) / 20, "codes_used": len(set().union(*used[:20])),
+        "n": 20, "reconstruction_psnr": (19 * 100 + psnr) / 20, "codes_used": len(set().union(*used)),
         "reconstruction_exact": 19 / 20, "t2i_exact": 17 / 20, "t2i_objects": sum(objects[3:]) / sum(objects),
-        "caption_exact": 18 / 20, "vqa": 15 / 20,
+        "caption_exact": 18 / 20, "edit_exact": 15 / 20, "edit_unchanged": (20 - lost) / 20, "text_color": 18 / 24,
+        "vqa": 15 / 20, "vqa_place": 15 / 20, "vqa_named": 15 / 20, "vqa_exists": 15 / 20,
         "text_bits_per_byte": 2 * (2 + 1 + 2 + 1) / 4,              # an end takes a token, too
         "reconstruction_unseen_combinations": 4 / 4, "t2i_unseen_combinations": 3 / 4,
-        "caption_unseen_combinations": 2 / 4})
-    own = sample.score(run, {"train": splits["train"], "val": splits["val"]}, 10)   # which cannot be graded
+        "caption_unseen_combinations": 2 / 4, "edit_unseen_combinations": 1 / 4})
+    few = data.Split(val[:20:2], texts)             # which cannot be graded
+    own = sample.score(run, {"train": splits["train"], "val": few}, 10)
     assert own.keys() == scores.keys() and own["t2i_exact"] is None
-    assert (own["n"], own["caption_exact"], own["vqa"]) == (10, 8 / 10, 5 / 10)
+    assert (own["n"], own["caption_exact"], own["vqa"], own["edit_exact"]) == (10, 8 / 10, 5 / 10, None)
+
+
+def test_a_reply_goes_on_behind_its_pictures_and_ends_with_the_turn(monkeypatch):
+    """Pictures of a question in another order than asked, or a reply that ends at its first picture or never."""
+    first, second = (p.open() for p in data.scenes(2, 0, "x", 32))
+    tokenizer, vqgan = data.WordTokenizer([" so", " done"]), Exact()
+    run = sample.Run(Parrot(tokenizer.vocab(196)), vqgan, tokenizer.vocab(196), tokenizer, (2, 2), {})
+    a, b = sample.encode(run, [first, second])
+    asked, said = ["mix", a, "and", b], ["so", b, a, "done"]
+    prompt, whole = (data.render_dialogue(run.vocab, tokenizer, [(asked, reply)])[0] for reply in (None, said))
+    boi = [i for i, token in enumerate(whole) if token == run.vocab.boi and i >= len(prompt)]
+    for end in (len(prompt), *(i + n for i in boi for n in (1, 6))):        # from a <boi>, from an <eoi> on
+        run.model.learn([whole[:end]], [whole])
+    monkeypatch.setattr(sample, "generate", Parrot.generate)
+    content = [{"type": "text", "text": "mix"}, {"type": "image", "image": first},
+               {"type": "text", "text": "and"}, {"type": "image", "image": second}]
+    words, *images, last = sample.reply(run, [{"role": "user", "content": content}])
+    assert (words, last) == ("so", "done") and [i.tobytes() for i in images] == [second.tobytes(), first.tobytes()]
+
+
+def test_a_picture_that_was_begun_keeps_its_rows(run, tmp_path, monkeypatch):
+    """Codes of the given half change, the model sees another beginning, or a whole picture is asked for."""
+    seen, decode = [], sample.decode
+    monkeypatch.setattr(sample, "decode", lambda run, ids: seen.append(ids) or decode(run, ids))
+    given, (h, w) = run.vocab.codes_to_ids(sample.encode(run, [picture()])[0]).flatten(), run.grid
+    for prompt, rows in itertools.product(("a red circle", None), range(h)):
+        sample.text_to_image(run, [prompt, "a"], sample.GREEDY, begin=picture(), rows=rows)
+        first = given[:rows * w].tolist()
+        asked, other = (data.render_t2i(run.vocab, run.tokenizer, words)[0] + first for words in (prompt, None))
+        rest = sample.generate(run.model, [asked], h * w - len(first), run.vocab.image_rows, [other], 1.5, 0)
+        assert seen[-1].tolist()[0] == first + rest[0].tolist() and seen[-1][1].tolist()[:len(first)] == first
+    with pytest.raises(ValueError, match=f"--rows {h}"):
+        sample.text_to_image(run, ["a"], begin=picture(), rows=h)
 
 
 def test_a_wrong_background_is_no_exact_drawing_and_costs_no_object():
@@ -346,11 +404,12 @@ def test_a_wrong_background_is_no_exact_drawing_and_costs_no_object():
 
 def test_questions_too_long_to_ask_are_left_out(run, monkeypatch):
     """Scores, after all the training, that end at a question which training had left out, too."""
-    dialogues = [[[("how?", "so")]], [], [[("why? " * 1000, "no")]], [[("who?", "no")]]]
-    heard = []
-    monkeypatch.setattr(sample, "answer", lambda run, images, asked: heard.extend(asked) or ["so"] * 2)
-    assert sample.score_answers(run, [data.Picture("", picture, [], each) for each in dialogues]) == 1 / 2
-    assert heard == ["how?", "who?"]
+    heard, pictures = [], [data.Picture("", picture) for _ in range(4)]
+    for p, asked in zip(pictures, [("how?", "so"), None, ("why? " * 1000, "no"), ("who?", "no")]):
+        p.ask(asked) if asked else None
+    monkeypatch.setattr(sample, "replies", lambda run, asked, n: heard.extend(asked) or [["so"]] * 2)
+    assert sample.score_answers(run, pictures) == 1 / 2
+    assert heard == [[([pictures[0], "how?"], None)], [([pictures[3], "who?"], None)]]
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def test_a_run_fills_its_folder(few, tmp_path, capsys):
     assert samples == ["drawn-000006.png", "reconstructions.png"]
     log = log_of(tmp_path)
     assert {line["act"] for line in log} == {1, 3, 4} and log[-1]["scores"] == scores
-    assert {"val_t2i", "val_i2t", "val_vqa", "val_text"} <= set().union(*log)
+    assert {"val_t2i", "val_i2t", "val_vqa", "val_edit", "val_text"} <= set().union(*log)
     capsys.readouterr()
     sample.main(["eval", "--run", str(tmp_path), "--n", "2", "--device", "cpu"])
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -120,7 +120,7 @@ def test_pad_reaches_all_pictures_and_noise_nothing_that_is_scored(few, tmp_path
     run(tmp_path, pad=True, eval_n=2)
     training, *others = loaders
     assert padded and all(padded) and training.perturb and training.uncond == 0.1
-    assert len(others) == 4 and not any(other.perturb or other.uncond for other in others)
+    assert len(others) == 5 and not any(other.perturb or other.uncond for other in others)
 
 
 def test_a_run_is_not_overwritten_and_resume_refuses_other_flags(few, tmp_path):
@@ -170,16 +170,18 @@ def test_the_fingerprint_of_a_shard_sees_what_changed(tmp_path):
         return [train.fingerprint("how", data.read_pictures(tmp_path / name)) for name in ("own", "own.tar")]
     assert print_of() == print_of() and len({*print_of(), *print_of(second=1), *print_of(caption="b")}) == 6
     picture = data.Picture("x", codes=torch.zeros(2, 2, dtype=torch.long))
-    changes = [{}, {"key": "y"}, {"dialogues": [[("q", "a")]]}, {"codes": picture.codes + 1}]
+    changes = [{}, {"name": "y"}, {"dialogues": [[(["q"], ["a"])]]},
+               {"edits": [[(["q"], [data.Picture("z")])]]}, {"codes": picture.codes + 1}]
     prints = {train.fingerprint(how, [replace(picture, **each)]) for each in changes for how in ("a", "b")}
-    assert len(prints) == 8
+    assert len(prints) == 10
 
 
 @pytest.mark.parametrize("argv", [[], *(["--data", "own", "--preset", name] for name in train.PRESETS)],
                          ids=" ".join)
 def test_every_preset_fits_together(argv):
     """A preset stops, hours after it was started on a rented machine, at sizes that do not fit."""
-    picture = data.Picture("x", lambda: Image.new("RGB", (600, 500)), ["a"], [[("q", "a")]])
+    picture = data.Picture("x", lambda: Image.new("RGB", (600, 500)), ["a"])
+    picture.ask(("q", "a"))
     splits = {"train": data.Split([picture] * 50, ["text"]), "val": data.Split([picture], ["text"])}
     cfg, vq_config = train.resolve(train.configure(["--out", "nowhere", *argv]), splits)
     for world in (1, 8):
@@ -230,15 +232,9 @@ def first_act(out, **options):
     return train.train_tokenizer(cfg, vq_config, splits, process, train.Log(out / "log.jsonl", process))
 
 
-def test_the_codebook_starts_from_kmeans_and_unused_codes_come_back(tmp_path, monkeypatch):
+def test_codes_start_at_vectors_and_unused_ones_come_back(tmp_path, monkeypatch):
     """A codebook far from every vector, or codes that nothing is assigned to and that stay so."""
-    events, start, restart, forward = [], train.start_codebook, train.restart_codes, VQGAN.forward
-
-    def starts(model, pictures, *rest):
-        start(model, pictures, *rest)
-        seen = model.encode(torch.cat([data.to_pixels(p.open()) for p in pictures]))
-        events.append("start")
-        assert len(seen.unique()) > 0.9 * 64
+    events, restart, forward = [], train.restart_codes, VQGAN.forward
 
     def restarts(model, pixels, dead, *rest):
         before = model.quantize.embedding.weight.detach().clone()
@@ -252,12 +248,11 @@ def test_the_codebook_starts_from_kmeans_and_unused_codes_come_back(tmp_path, mo
     def step(self, pixels, quantize=True):
         events.append("codes" if quantize else "vectors")
         return forward(self, pixels, quantize)
-    for name, value in (("start_codebook", starts), ("restart_codes", restarts), ("CONTINUOUS", 0.25),
-                        ("RESTART_EVERY", 2)):
+    for name, value in (("restart_codes", restarts), ("CONTINUOUS", 0.25), ("RESTART_EVERY", 2)):
         monkeypatch.setattr(train, name, value)
     monkeypatch.setattr(VQGAN, "forward", step)
     first_act(tmp_path, codes=64, vq_steps=8)
-    wanted = "vectors vectors start codes codes restart codes codes restart codes codes"
+    wanted = "vectors vectors restart codes codes restart codes codes restart codes codes"
     assert events == wanted.split()     # none restarts in the last quarter, which would leave it untrained
 
 
@@ -378,8 +373,8 @@ def test_parts_of_a_batch_add_up_to_the_whole():
     for parts in (1, 2, 4):
         model.zero_grad()
         sums, counts = train.forward_backward(model, batch, parts, 0.0, process)
-        assert counts == [learned[0].sum().item(), 0, 0, learned[1:].sum().item()]
-        assert sums == pytest.approx([nll[0].sum().item(), 0, 0, nll[1:].sum().item()], rel=1e-5)
+        assert counts == [learned[0].sum().item(), 0, 0, 0, learned[1:].sum().item()]
+        assert sums == pytest.approx([nll[0].sum().item(), 0, 0, 0, nll[1:].sum().item()], rel=1e-5)
         for p, grad in zip(model.parameters(), wanted):
             torch.testing.assert_close(p.grad, grad, atol=1e-6, rtol=1e-4)
 
@@ -438,6 +433,7 @@ def test_muon_moves_along_its_momentum(monkeypatch):
         torch.testing.assert_close(p.detach(), wanted)
 
 
+@pytest.mark.schedule
 def test_schedule_rises_stays_and_falls_to_zero():
     """A first step at full speed, a rate that falls too early, or a run that never settles at its end."""
     rates = [train.schedule(step, 100, decay=0.5, warmup=0.1) for step in range(101)]

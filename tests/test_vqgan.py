@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from vqgan import (Discriminator, Quantizer, VQGAN, VQGANConfig, adaptive_weight, discriminator_loss,
-                   generator_loss, kmeans, sample_far)
+                   generator_loss, sample_far)
 
 TINY = VQGANConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=16, n_embed=64, embed_dim=8)
 BOTH = pytest.mark.parametrize("l2_norm", [False, True])
@@ -90,6 +90,7 @@ def test_unquantized_vectors_pass(l2_norm):
 # -----------------------------------------------------------------------------------------------------------
 # The quantizer
 
+@pytest.mark.nearest_code
 @BOTH
 def test_the_nearest_row_is_chosen(l2_norm):
     """A wrong sign or a forgotten term in the expanded distance; training and decoding see other vectors."""
@@ -104,6 +105,7 @@ def test_the_nearest_row_is_chosen(l2_norm):
     torch.testing.assert_close(z_q, quantizer.lookup(codes))
 
 
+@pytest.mark.straight_through
 @BOTH
 def test_the_gradient_passes_straight_through(l2_norm):
     """The reconstruction cannot teach the encoder, or it moves the codebook."""
@@ -115,6 +117,7 @@ def test_the_gradient_passes_straight_through(l2_norm):
     assert quantizer.embedding.weight.grad is None or not quantizer.embedding.weight.grad.any()
 
 
+@pytest.mark.straight_through
 @BOTH
 def test_beta_weighs_the_encoder_only(l2_norm):
     """Taming's old mistake, beta on the codebook's term; gradients drag unused codes along."""
@@ -130,17 +133,6 @@ def test_beta_weighs_the_encoder_only(l2_norm):
     distance = (quantizer.project(z) - quantizer.lookup(codes)).square()
     distance = distance.sum(1) if l2_norm else distance             # on the sphere it must not fade as 1 / e
     torch.testing.assert_close(loss, 1.5 * distance.mean())
-
-
-def test_kmeans_finds_clusters():
-    """Centres do not move to the means of their vectors, or those without vectors become NaN."""
-    generator, means = torch.Generator().manual_seed(0), 10.0 * torch.eye(4)
-    vectors = means.repeat(50, 1) + 0.1 * torch.randn(200, 4, generator=generator)
-    centres = kmeans(vectors, 16, generator=generator)              # enough for each cluster to get one
-    assert centres.shape == (16, 4) and centres.isfinite().all()
-    assert torch.cdist(means, centres).min(1).values.max() < 0.2
-    torch.testing.assert_close(kmeans(vectors, 1, generator=generator)[0], vectors.mean(0))
-    assert kmeans(vectors[:3], 5, generator=generator).isfinite().all()     # fewer vectors than centres
 
 
 def test_far_vectors_come_first():
