@@ -305,7 +305,7 @@ def fetch(name) -> Path:
 
 GRAY = (122, 116, 104)      # what Liquid pads with
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")     # never EPS, which runs Ghostscript
-SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO")}
+SUFFIXES = tuple(end for end, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO"))
 NOTES, ROWS, TAR = (".txt", ".caption", ".json"), (".jsonl", ".json", ".csv"), r"(?i)\.(tar(\.\w+)?|tgz)$"
 CAPTIONS, IMAGES = "caption captions text_prompt prompt text".split(), ("image", "image_path", "file_name")
 Image.MAX_IMAGE_PIXELS = 50_000_000     # Pillow warns above it and refuses twice as many

@@ -661,7 +661,8 @@ def draw_all(run, file, folder):
     rank, world = (int(os.environ[x]) for x in ("RANK", "WORLD_SIZE")) if "RANK" in os.environ else (0, 1)
     if rank == 0:
         data.write_atomically(note, lambda file: file.write(made.encode()))
-    todo = [i for i in range(rank, len(paths), world) if lines[i].strip() and not paths[i].exists()]
+    wanted = [i for i, line in enumerate(lines) if line.strip()]
+    todo = [i for i in wanted[rank::world] if not paths[i].exists()]
     room = run.model.config.max_position_embeddings - math.prod(run.grid)
     long = {i for i in todo if len(data.render_t2i(run.vocab, run.tokenizer, lines[i])[0]) > room}
     todo = sorted({*todo} - long)

@@ -12,6 +12,7 @@ B batch   C channels   H, W pixels   h, w code grid (h = H / f)   K codes   e di
 
 import hashlib
 import re
+import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -285,6 +286,8 @@ class VQGAN(nn.Module):
                     if re.search(names, " ".join(state)):
                         raise ValueError(f"weights of {family}")
                 config = infer_config(state)
+                if config.l2_norm:
+                    print(f"{path}: all codes have length 1: compared as directions", file=sys.stderr)
             with torch.device("meta"):
                 model = VQGAN(config)
             model.load_state_dict(state, strict=True, assign=True)

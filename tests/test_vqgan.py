@@ -243,13 +243,14 @@ def test_a_wrapped_network_is_found(tmp_path, prefix):
         assert VQGAN.load(tmp_path / "x.ckpt").fingerprint() == make().fingerprint()
 
 
-def test_a_codebook_of_directions_is_recognised(tmp_path):
+def test_a_codebook_of_directions_is_recognised(tmp_path, capsys):
     """Codes of an L2-normalised network under taming's names are chosen and decoded wrongly, in silence."""
     model = make(l2_norm=True)
     for scale, l2_norm in ((1, True), (1.1, False)):
         weight = nn.functional.normalize(torch.randn(model.quantize.embedding.weight.shape)) * scale
         torch.save({"state_dict": model.state_dict() | {"quantize.embedding.weight": weight}}, tmp_path / "x.ckpt")
         assert VQGAN.load(tmp_path / "x.ckpt").config.l2_norm is l2_norm
+        assert ("as directions" in capsys.readouterr().err) is l2_norm
 
 
 @pytest.mark.parametrize("family, changed", [
