@@ -841,7 +841,7 @@ def add_files(found, files, root):
 def add_rows(file, root, pictures, found):
     """Rows in our layout, ImageFolder's, Liquid's raw or pre-encoded one, LLaVA's or transformers' messages.
 
-    Rows of one picture are merged. Pictures of one dialogue stand side by side and are held out together.
+    Rows of one picture are merged. Pictures of one dialogue are held out together.
     """
     groups = {}
 
@@ -883,11 +883,6 @@ def add_rows(file, root, pictures, found):
             groups.update(dict.fromkeys(group, group))
     for picture, group in groups.items():
         picture.key = group[0].key
-    order = dict.fromkeys(p for group in groups.values() for p in group)
-    order = {p: n for n, p in enumerate(order)}
-    together = sorted(pictures.items(), key=lambda item: order.get(item[1], -1))
-    pictures.clear()
-    pictures.update(together)
 
 
 def read_pictures(path) -> Found:
@@ -903,6 +898,8 @@ def read_pictures(path) -> Found:
         add_files(found, files, root)
     if not found:
         raise ValueError(f"{path}: no pictures, rows about them, or tars")
+    places = {}
+    found.sort(key=lambda p: places.setdefault(p.key, len(places)))     # those of one dialogue side by side
     return found
 
 
