@@ -823,14 +823,15 @@ def add_files(found, files, root):
         else:
             found.left_out[suffix or "no ending"] += 1
     for key, suffix, file in notes:
+        picture = pictures.get(key, pictures.get(os.path.splitext(key)[0]))     # of 0.jpg.txt, 0.caption.txt
         try:
             if suffix not in NOTES:
                 add_rows(file, root, pictures, found)
-            elif key in pictures:
+            elif picture:
                 text = read_utf8(file)
                 with naming(file, 'not {"caption": ..., "qa": [[question, answer]]}'):
                     note = json.loads(text) if suffix == ".json" else {"caption": text.splitlines()}
-                    annotate(pictures[key], note)
+                    annotate(picture, note)
             else:
                 found.left_out[f"{suffix} without a picture"] += 1
         except ValueError as error:

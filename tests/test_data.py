@@ -502,7 +502,7 @@ def tar_of(path, members):
 FILES = {"a.png": png(), "a.txt": " one \n\ntwo\r\none\n", "deep/er/B.JPG": png(BLUE),
          "deep/er/B.json": json.dumps({"caption": "blue", "qa": [["what?", "sea"], ["how?", "so"]]}),
          "c.d.webp": png(), "c.d.Caption": "\ufeffsame", "c.d.json": '\ufeff{"caption": "same"}',
-         "e.jpeg": png(), "notes.txt": "", "._a.png": "", "@eaDir/a.png": "", "__MACOSX/a.png": ""}
+         "e.jpeg": png(), "e.jpeg.txt": "five", "e.cap.txt": "5", "notes.txt": "", "._a.png": "", "@eaDir/a.png": "", "__MACOSX/a.png": ""}
 
 
 @pytest.mark.parametrize("prefix", [None, "", "./"])       # the last is how `tar cf x.tar .` spells names
@@ -513,7 +513,7 @@ def test_files(tmp_path, prefix):
     else:
         path = tar_of(tmp_path / "x.tar", {prefix + name: content for name, content in FILES.items()})
     found = {p.key: (p.captions, talks([p])[0], p.open().getpixel((0, 0))) for p in data.read_pictures(path)}
-    assert found == {"a": (["one", "two"], [], RED), "c.d": (["same"], [], RED), "e": ([], [], RED),
+    assert found == {"a": (["one", "two"], [], RED), "c.d": (["same"], [], RED), "e": (["5", "five"], [], RED),
                      "deep/er/B": (["blue"], [[["deep/er/B", "what?", "sea"]], [["deep/er/B", "how?", "so"]]], BLUE)}
 
 
