@@ -10,6 +10,8 @@ V rows of the table   N positions with a target   K codes   e dimensions of a co
 
 import json
 import math
+import warnings
+from collections import ChainMap
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
@@ -572,11 +574,18 @@ def write_config(config) -> dict:
 
 
 def read_weights(model, folder):
-    """Fill the model from safetensors, one file or shards."""
-    hub = pretrained_extra("huggingface_hub")
+    """Fill the model from safetensors, one file or shards; on the meta device, only look at them."""
+    hub, tied = pretrained_extra("huggingface_hub"), model.config.tie_word_embeddings
     try:
         one = Path(folder) / "model.safetensors"        # others may lie beside it
-        missing, unexpected = hub.load_torch_model(model, one if one.exists() else folder, strict=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")             # that the meta device keeps nothing
+            missing, unexpected = hub.load_torch_model(model, one if one.exists() else folder, strict=False)
+        if tied and "lm_head.weight" in unexpected:     # mostly a copy
+            files = [one] if one.exists() else Path(folder).glob("model-*.safetensors")
+            every = ChainMap(*(hub.load_state_dict_from_file(file) for file in files))
+            if not torch.equal(every["lm_head.weight"], every["model.embed_tokens.weight"]):
+                raise ValueError("config.json ties the head to the embedding, but lm_head.weight is another")
     except Exception as error:          # the library has many
         raise ValueError(f"{folder}: weights cannot be read ({' '.join(str(error).split())[:300]})") from None
     harmless = ("lm_head.weight", "rotary_emb.inv_freq")    # a tied head's copy, constants of old releases
