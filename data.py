@@ -7,12 +7,14 @@
 R rows of a batch   T positions in a row   K codes   h, w code grid
 """
 
+import csv
 import hashlib
 import io
 import itertools
 import json
 import math
 import os
+import posixpath
 import random
 import re
 import tarfile
@@ -26,7 +28,7 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 
 # ---- Vocabulary: which row of the table means what --------------------------------------------------------
 
@@ -159,7 +161,8 @@ class Chat(NamedTuple):
 
 class WordTokenizer:
     """Frequent words whole, the rest as bytes; ids: pad, bos, eos, 256 bytes, then the words."""
-    PIECES = re.compile(r" ?[\w]+| ?[^\w\s]+|\s")    # each character is in one class, so pieces tile the text
+    # Each character is in one class, so pieces tile the text; Chinese and Japanese have no spaces.
+    PIECES = re.compile(r"[぀-鿿]| ?(?:(?![぀-鿿])[\w])+| ?(?:(?![぀-鿿])[^\w\s])+|\s")
     FIRST_BYTE = 3
     chat, stops = Chat(), ()
 
@@ -237,6 +240,7 @@ class PretrainedTokenizer:
             return cls(tokenizer.backend_tokenizer.to_str(), read_chat(tokenizer))
 
     def encode(self, text):
+        text = text.encode("utf-8", "replace").decode()         # JSON may hold lone surrogates
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def marks(self, text):
@@ -245,6 +249,12 @@ class PretrainedTokenizer:
 
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    @property
+    def size(self):
+        """Past the last id that words become: special tokens never do."""
+        special = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+        return 1 + max({*self.tokenizer.get_vocab().values()} - special)
 
     def id(self, name):
         return self.tokenizer.token_to_id(name)
@@ -275,7 +285,7 @@ def special_ids(folder) -> dict[str, int]:
     found, names = {}, ("bos", "eos", "pad")
     for path in (Path(folder) / "generation_config.json", Path(folder) / "config.json"):
         if path.exists():               # the latter counts
-            found |= {key: value for key, value in json.loads(read_utf8(path)).items() if value is not None}
+            found |= {k: v for k, v in json.loads(read_utf8(path)).items() if v not in (None, -1)}
     if "eos_token_id" not in found:
         raise ValueError(f"{folder}: neither config.json nor generation_config.json has an eos_token_id")
     ids = [found.get(f"{name}_token_id", found["eos_token_id"]) for name in names]
@@ -294,9 +304,12 @@ def fetch(name) -> Path:
 # ---- Pictures: file -> image -> pixels, and back ----------------------------------------------------------
 
 GRAY = (122, 116, 104)      # what Liquid pads with
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF")  # never EPS, which runs Ghostscript
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")     # never EPS, which runs Ghostscript
+SUFFIXES = tuple(end for end, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO"))
+NOTES, ROWS, TAR = (".txt", ".caption", ".json"), (".jsonl", ".json", ".csv"), r"(?i)\.(tar(\.\w+)?|tgz)$"
+CAPTIONS, IMAGES = "caption captions text_prompt prompt text".split(), ("image", "image_path", "file_name")
 Image.MAX_IMAGE_PIXELS = 50_000_000     # Pillow warns above it and refuses twice as many
+PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26     # profiles for print and programs' own notes are large
 
 
 def load_image(file) -> Image.Image:
@@ -304,7 +317,11 @@ def load_image(file) -> Image.Image:
     with naming(file, "not a readable picture"):
         source = io.BytesIO(file.read_bytes()) if isinstance(file, Member) else file
         with Image.open(source, formats=FORMATS) as image:
-            image = ImageOps.exif_transpose(image)
+            image.load()
+            with suppress(Exception):       # whatever a broken EXIF makes of it, the pixels are good
+                image = ImageOps.exif_transpose(image)
+            if image.mode in ("I", "F"):
+                raise ValueError("its numbers say not what is white: save it with 8 or 16 bits")
             if image.mode.startswith("I"):
                 scaled = np.asarray(image, np.float32) / 257
                 image = Image.fromarray(scaled.clip(0, 255).astype(np.uint8))
@@ -529,8 +546,8 @@ def questions(scene: Scene, rng: random.Random, withheld=WITHHELD) -> dict[str, 
                       (f"is the {o.shape} small or large?", o.size)]
         if [color for color, _ in pairs].count(o.color) == 1:
             named.append((f"which shape is {o.color}?", o.shape))
-        near = [pair for pair in PAIRS[withheld:] if pair not in pairs and {o.color, o.shape} & {*pair}]
-        for pair in [(o.color, o.shape), *rng.sample(near, min(1, len(near)))]:
+        absent = rng.choice([pair for pair in PAIRS[withheld:] if pair not in pairs])
+        for pair in [(o.color, o.shape), absent]:
             article, reply = "an" if pair[0] == "orange" else "a", "yes" if pair in pairs else "no"
             exists.append((f"is there {article} {pair[0]} {pair[1]}?", reply))
     return {"place": place, "named": named, "exists": exists}
@@ -633,10 +650,10 @@ def digest(text) -> int:
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big")
 
 
-def hold_out(items, key):
+def hold_out(items, key=str):
     """A list -> (train, val): one in 20 by a hash of its key, at least one; a single item is both."""
     hashes = [digest(key(item)) for item in items]
-    picked = {h for h in hashes if h % 20 == 0} or {min(hashes)}
+    picked = {h for h in hashes if h % 20 == 0} or {min(hashes, default=0)}
     val = [item for item, h in zip(items, hashes) if h in picked]
     return [item for item, h in zip(items, hashes) if h not in picked] or val, val
 
@@ -654,18 +671,15 @@ def passages(text, length=160) -> list[str]:
 
 
 def read_texts(path, length=160) -> list[str]:
-    """A .txt, or a .jsonl with `text` in every line -> passages of about length characters."""
+    """A .txt, or rows with `text` -> passages of about length characters."""
     path, result = Path(path), []
-    rows = read_jsonl(path) if path.suffix == ".jsonl" else [(1, {"text": path})]
-    for number, row in rows:
-        with naming(f"{path}, line {number}", "no readable text"):
+    rows = read_rows(path) if path.suffix.lower() in ROWS else [(path, {"text": path})]
+    for place, row in rows:
+        with naming(place, "no readable text"):
             result += passages(row["text"], length)
     if not result:
         raise ValueError(f"{path}: no text in it")
     return list(dict.fromkeys(result))      # a passage that comes twice could be learned and held out
-
-
-ASKED = 4       # questions of a dialogue: each reads the same codes
 
 
 def scenes(count, seed, name, side=64, withheld=WITHHELD, unseen=False, skip=(), edited=0) -> list[Picture]:
@@ -682,16 +696,16 @@ def scenes(count, seed, name, side=64, withheld=WITHHELD, unseen=False, skip=(),
             continue
         captions = [describe(scene, rng) for _ in range(4)]
         picture = Picture(key, partial(draw, scene, side), captions, key=key, scene=scene)
-        asked = list(itertools.chain(*questions(scene, rng, withheld).values()))
-        rng.shuffle(asked)
-        for i in range(0, len(asked), ASKED):
-            picture.ask(*asked[i:i + ASKED])
+        asked = questions(scene, rng, withheld)
+        for pair in rng.sample(asked["place"], 4) + asked["named"] + 2 * asked["exists"]:   # the harder the more
+            picture.ask(pair)
+        rng.shuffle(picture.dialogues)
         pictures.append(picture)
         made += 1
         if made <= edited and (other := change(scene, rng, withheld)) not in skip:
             pictures.append(Picture(f"{key}/edited", partial(draw, other, side), key=key, scene=other))
             for a, b in (pictures[-2:], pictures[:-3:-1]):
-                a.edits.append([([a, instruct(a.scene, b.scene, rng)], [b])])
+                a.edits.append([([instruct(a.scene, b.scene, rng), a], [b])])      # see sample.edit
     return pictures
 
 
@@ -710,27 +724,36 @@ def built_in(seed, side=64, withheld=WITHHELD, train=20000, val=400, unseen=200,
 
 
 class Member(NamedTuple):
-    """A file in a tar, read where it stands: names and links lead nowhere."""
+    """A file in a tar, read where it stands, or the bytes of one in a compressed tar."""
     tar: Path
-    name: str
+    path: PurePosixPath
     offset: int
     size: int
+    raw: bytes | None
 
     def __str__(self):
-        return f"{self.tar}:{self.name}"
+        return f"{self.tar}:{self.path}"
 
     def read_bytes(self):
         with open(self.tar, "rb") as file:
             file.seek(self.offset)
-            return file.read(self.size)
+            return file.read(self.size) if self.raw is None else self.raw
+
+
+class Found(list):
+    """Pictures of a source; .texts beside them, and .left_out: {reason: number}."""
+    def __init__(self):
+        self.texts, self.left_out = [], Counter()
 
 
 def annotate(picture, note):
     """Add what a note says: {"caption": ..., "qa": [[question, answer], ...]}, or a row of a .jsonl."""
-    caption = next((note[key] for key in ("caption", "text_prompt", "text") if note.get(key)), "").strip()
-    if caption and caption not in picture.captions:
-        picture.captions.append(caption)
-    for question, answer in note.get("qa", []):
+    said = next((note[key] for key in CAPTIONS if note.get(key)), [])
+    for caption in said if isinstance(said, list) else [said]:
+        if caption.strip() not in ("", *picture.captions):
+            picture.captions.append(caption.strip())
+    for pair in note.get("qa", []):
+        question, answer = (pair["question"], pair["answer"]) if isinstance(pair, dict) else pair
         picture.ask((question.strip(), answer.strip()))
 
 
@@ -748,7 +771,8 @@ def read_dialogue(messages, find, images=()) -> list[tuple[list, list | None]]:
     for message in messages:
         role, content = message.get("role") or message["from"], message.get("content", message.get("value"))
         if isinstance(content, str):
-            parts = [next(images) if part == "<image>" else part for part in re.split("(<image>)", content)]
+            parts = re.split("(<image>)", content)
+            parts = [next(images, "") if part == "<image>" else part for part in parts]
         else:
             parts = [find(part["image"]) if part["type"] == "image" else part["text"] for part in content]
         parts = [part.strip() if isinstance(part, str) else part for part in parts]
@@ -763,98 +787,142 @@ def read_dialogue(messages, find, images=()) -> list[tuple[list, list | None]]:
     return turns
 
 
-def pictures_of_files(files) -> list[Picture]:
+def read_tar(tar, left_out):
+    """-> {name: Member}; a link leads to a file of the same tar, or nowhere."""
+    with naming(tar, "not a readable tar file"), tarfile.open(tar) as members:
+        every, files = {posixpath.normpath(m.name): m for m in members}, {}
+        plain = isinstance(members.fileobj, io.BufferedReader)
+        for name, m in every.items():
+            if m.issym() or m.islnk():
+                target = posixpath.join(posixpath.dirname(name) * m.issym(), m.linkname)
+                m = every.get(posixpath.normpath(target), m)
+            if m.isfile():
+                raw = None if plain else members.extractfile(m).read()
+                files[name] = Member(tar, PurePosixPath(name), m.offset_data, m.size, raw)
+            left_out["links"] += not m.isfile() and not m.isdir()
+    return files
+
+
+def add_files(found, files, root):
     """{name: file} -> pictures; name.txt or name.caption has a caption a line, name.json is a note."""
-    groups, pictures = defaultdict(dict), []
-    for name, file in files.items():
+    pictures, notes = {}, []
+    for name, file in sorted(files.items()):
         path = PurePosixPath(name)      # hidden files and companions that systems add are no pictures
-        if not any(part[0] in ".@" or part == "__MACOSX" for part in path.parts):
-            groups[str(path.with_suffix(""))][path.suffix.lower()] = file
-    for key, group in groups.items():
-        file = next((group[suffix] for suffix in SUFFIXES if suffix in group), None)
-        if file is None:
-            continue
-        picture = Picture(str(file), partial(load_image, file), key=key)
-        pictures.append(picture)
-        for suffix in (".txt", ".caption"):
-            for line in read_utf8(group[suffix]).splitlines() if suffix in group else []:
-                annotate(picture, {"caption": line})
-        if note := group.get(".json"):
-            text = read_utf8(note)
-            with naming(note, 'not {"caption": ..., "qa": [[question, answer]]}'):
-                annotate(picture, json.loads(text))
-    return pictures
+        key, suffix = str(path.with_suffix("")), path.suffix.lower()
+        if any(part[0] in ".@" or part == "__MACOSX" for part in path.parts):
+            found.left_out["hidden"] += 1
+        elif isinstance(file, Path) and re.search(TAR, name):
+            add_files(found, read_tar(file, found.left_out), "")
+        elif suffix in SUFFIXES and key not in pictures:
+            pictures[key] = Picture(str(file), partial(load_image, file), key=key)
+        elif suffix in NOTES or path.name in ("metadata.jsonl", "metadata.csv"):
+            notes.append((key, suffix, file))
+        else:
+            found.left_out[suffix or "no ending"] += 1
+    for key, suffix, file in notes:
+        picture = pictures.get(key, pictures.get(os.path.splitext(key)[0]))     # of 0.jpg.txt, 0.caption.txt
+        try:
+            if suffix not in NOTES:
+                add_rows(file, root, pictures, found)
+            elif picture:
+                text = read_utf8(file)
+                with naming(file, 'not {"caption": ..., "qa": [[question, answer]]}'):
+                    note = json.loads(text) if suffix == ".json" else {"caption": text.splitlines()}
+                    annotate(picture, note)
+            else:
+                found.left_out[f"{suffix} without a picture"] += 1
+        except ValueError as error:
+            found.left_out[f"note, {error}"] += 1
+    found += pictures.values()
 
 
-def pictures_of_rows(path) -> list[Picture]:
-    """A .jsonl in our layout, Liquid's raw or pre-encoded one, LLaVA's or transformers' messages.
+def add_rows(file, root, pictures, found):
+    """Rows in our layout, ImageFolder's, Liquid's raw or pre-encoded one, LLaVA's or transformers' messages.
 
-    Rows of one picture are merged. Pictures of one dialogue stand side by side and are held out together.
+    Rows of one picture are merged. Pictures of one dialogue are held out together.
     """
-    pictures, groups = {}, {}
+    groups = {}
 
     def find(name):
-        place = os.path.normpath(path.parent / name)
-        return pictures.setdefault(place, Picture(place, partial(load_image, Path(place)), key=name))
+        path = getattr(file, "path", file).parent / name
+        key = os.path.splitext(os.path.relpath(path, root))[0]      # of any spelling
+        return pictures.setdefault(key, Picture(str(path), partial(load_image, path), key=key))
 
-    for number, row in read_jsonl(path):
-        with naming(f"{path}, line {number}", "not a row about a picture"):
-            if "vqcode_512" in row:         # a list, or its text, of codes of a square grid
-                codes, place = row["vqcode_512"], f"{path.name}:{number}"
+    for place, row in read_rows(file):
+        with naming(place, "not a row about a picture"):
+            codes, names = row.get("vqcode_512", "no"), next((row[k] for k in IMAGES if row.get(k)), [])
+            if codes != "no":               # a list, or its text, of codes of a square grid
                 codes = np.array(json.loads(codes) if isinstance(codes, str) else codes).flatten()
                 side = math.isqrt(len(codes))
                 if codes.dtype != np.int64 or codes.min() < 0 or side * side != len(codes):
                     raise ValueError("vqcode_512 is not a square grid of whole numbers from 0")
-                found = [Picture(place, key=place, codes=torch.from_numpy(codes).view(side, side))]
+                key = str(digest(str(codes.tolist())))
+                new = Picture(place, key=key, codes=torch.from_numpy(codes).view(side, side))
+                here = [pictures.setdefault(key, new)]
             else:
-                names = row.get("image", row.get("image_path", []))
-                found = [find(name) for name in ([names] if isinstance(names, str) else names)]
+                here = [find(name) for name in ([names] if isinstance(names, str) else names)]
             talk = next((name for name in ("messages", "conversations") if name in row), None)
-            turns = read_dialogue(row[talk], find, found) if talk else []
+            turns = read_dialogue(row[talk], find, here) if talk else []
             if talk and (not turns or turns[-1][1] is None):
                 raise ValueError(f"{talk} does not end with a reply")
-            found += [part for part in parts_of(turns) if isinstance(part, Picture)]
-            annotate(found[0], row)
+            here += [part for part in parts_of(turns) if isinstance(part, Picture)]
+            if not here:
+                if not turns:
+                    found.texts.append(row["text"].strip())
+                found.left_out["dialogues without a picture"] += bool(turns)
+                continue
+            annotate(here[0], row)
             if turns:
                 if not any(isinstance(part, Picture) for part in parts_of(turns)):
-                    turns[0][0].insert(0, found[0])         # LLaVA's picture stands before the question
+                    turns[0][0].insert(0, here[0])          # LLaVA's picture stands before the question
                 drawn = any(isinstance(part, Picture) for part in parts_of(turns, [1]))
-                (found[0].edits if drawn else found[0].dialogues).append(turns)
-            group = list(dict.fromkeys(other for p in found for other in groups.get(p, [p])))
+                (here[0].edits if drawn else here[0].dialogues).append(turns)
+            group = list(dict.fromkeys(other for p in here for other in groups.get(p, [p])))
             groups.update(dict.fromkeys(group, group))
     for picture, group in groups.items():
         picture.key = group[0].key
-    return list(dict.fromkeys(picture for group in groups.values() for picture in group))
 
 
-def read_pictures(path) -> list[Picture]:
-    """A folder of pictures with notes beside them, a .jsonl, a .tar, or a folder of .tar shards."""
-    path, pictures = Path(path), []
-    tars = [path] if path.suffix == ".tar" else sorted(path.glob("*.tar"))
-    for tar in tars:
-        with naming(tar, "not a readable tar file"), tarfile.open(tar, "r:") as members:
-            files = {m.name: Member(tar, m.name, m.offset_data, m.size) for m in members if m.isfile()}
-        pictures += pictures_of_files(files)
-    if path.suffix == ".jsonl":
-        pictures = pictures_of_rows(path)
-    elif not tars:
-        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-        pictures = pictures_of_files({file.relative_to(path).as_posix(): file for file in files})
-    if not pictures:
-        raise ValueError(f"{path}: no pictures ({', '.join(SUFFIXES)}), .jsonl or .tar")
-    return pictures
+def read_pictures(path) -> Found:
+    """A folder of pictures, notes and tars, or one tar, or a list of rows."""
+    path, found, pictures = Path(path), Found(), {}
+    if path.suffix.lower() in ROWS:
+        add_rows(path, path.parent, pictures, found)
+        found += pictures.values()
+    else:
+        root, walked = (path.parent, [path]) if path.is_file() else (path, list(path.rglob("*")))
+        files = {file.relative_to(root).as_posix(): file for file in walked if file.is_file()}
+        found.left_out["links"] = sum(file.is_symlink() and not file.is_file() for file in walked)
+        add_files(found, files, root)
+    if not found:
+        raise ValueError(f"{path}: no pictures, rows about them, or tars")
+    places = {}
+    found.sort(key=lambda p: places.setdefault(p.key, len(places)))     # those of one dialogue side by side
+    return found
 
 
-def load_source(data=None, text=None, side=64, withheld=WITHHELD, long=False) -> dict[str, Split]:
+def load_source(data=None, text=None, side=64, withheld=WITHHELD, long=False, say=str) -> dict[str, Split]:
     """The splits "train" and "val", and of the built-in data "unseen"; with long, passages are long."""
+    found, length = Found(), 4000 if long else 160
     if data is None:
         splits = built_in(0, side, withheld)
+        found += itertools.chain(*(split.pictures for split in splits.values()))
     else:
-        train, val = hold_out(read_pictures(data), lambda picture: picture.key)
-        splits = {"train": Split(train, []), "val": Split(val, [])}
+        found = read_pictures(data)
+        texts = list(dict.fromkeys(p for words in found.texts for p in passages(words, length)))
+        pictures = hold_out(found, lambda picture: picture.key)
+        splits = {name: Split(*both) for name, *both in zip(("train", "val"), pictures, hold_out(texts))}
     if text is not None:
-        train, val = hold_out(read_texts(text, 4000 if long else 160), str)
+        train, val = hold_out(read_texts(text, length))
         splits |= {"train": splits["train"]._replace(texts=train), "val": splits["val"]._replace(texts=val)}
+    captioned, asked = sum(bool(p.captions) for p in found), sum(bool(p.dialogues or p.edits) for p in found)
+    texts = sum(len(split.texts) for split in splits.values())
+    left_out = ", ".join(f"{n} {why}" for why, n in found.left_out.items() if n) or "nothing"
+    line = (f"{data or 'scenes'}: {len(found)} pictures, {captioned} with captions, {asked} with questions; "
+            f"{texts} texts of {text or data or 'English'}; left out: {left_out}")
+    if not captioned + asked:
+        raise ValueError(f"nothing has a caption or a question; {line}")
+    say(line)
     return splits
 
 
@@ -1083,13 +1151,17 @@ def read_utf8(file) -> str:
         return raw.decode("utf-8-sig").replace("\r\n", "\n")
 
 
-def read_jsonl(path):
-    """Yields (line number, value) of every line that is not empty."""
-    for number, line in enumerate(read_utf8(path).split("\n"), 1):
+def read_rows(file):
+    """Yields (place, row) of a .jsonl, of the array in a .json, or of a .csv."""
+    text, suffix = read_utf8(file), PurePosixPath(str(file)).suffix.lower()
+    with naming(file, "not an array of rows"):
+        rows = json.loads(text) if suffix == ".json" else csv.DictReader(io.StringIO(text))
+        lines = text.split("\n") if suffix == ".jsonl" else list(map(json.dumps, rows))
+    for number, line in enumerate(lines, 1):
         if line.strip():
-            with naming(f"{path}, line {number}", "not JSON"):
+            with naming(f"{file}, line {number}", "not JSON"):
                 row = json.loads(line)
-            yield number, row
+            yield f"{file}, line {number}", row
 
 
 def write_atomically(path, write):

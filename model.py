@@ -10,6 +10,8 @@ V rows of the table   N positions with a target   K codes   e dimensions of a co
 
 import json
 import math
+import warnings
+from collections import ChainMap
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
@@ -411,9 +413,8 @@ class Transformer(nn.Module):
             nn.init.normal_(layer.weight, 0.0, 0.02)
         if isinstance(layer, nn.Linear) and layer.bias is not None:
             nn.init.zeros_(layer.bias)
-        if isinstance(layer, (Attention, MLP)):     # after their Linears: 2L residual branches add up
-            out = layer.o_proj if isinstance(layer, Attention) else layer.down_proj
-            nn.init.normal_(out.weight, 0.0, 0.02 / (2 * self.config.num_hidden_layers) ** 0.5)
+        if isinstance(layer, (Attention, MLP)):     # after their Linears: a block starts as the identity
+            nn.init.zeros_((layer.o_proj if isinstance(layer, Attention) else layer.down_proj).weight)
 
     @property
     def tables(self) -> list[Table]:
@@ -476,9 +477,7 @@ class Transformer(nn.Module):
         config = read_config(folder)
         with torch.device("meta"):
             model = cls(config).to(dtype)
-        model.to_empty(device=device)
-        if device != "meta":
-            read_weights(model, folder)
+        read_weights(model.to_empty(device=device), folder)
         if image_rows:
             words = config.vocab_size - image_rows
             model.config = model.model.config = replace(config, vocab_size=words, image_rows=image_rows)
@@ -579,11 +578,18 @@ def write_config(config) -> dict:
 
 
 def read_weights(model, folder):
-    """Fill the model from safetensors, one file or shards."""
-    hub = pretrained_extra("huggingface_hub")
+    """Fill the model from safetensors, one file or shards; on the meta device, only look at them."""
+    hub, tied = pretrained_extra("huggingface_hub"), model.config.tie_word_embeddings
     try:
         one = Path(folder) / "model.safetensors"        # others may lie beside it
-        missing, unexpected = hub.load_torch_model(model, one if one.exists() else folder, strict=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")             # that the meta device keeps nothing
+            missing, unexpected = hub.load_torch_model(model, one if one.exists() else folder, strict=False)
+        if tied and "lm_head.weight" in unexpected:     # mostly a copy
+            files = [one] if one.exists() else Path(folder).glob("model-*.safetensors")
+            every = ChainMap(*(hub.load_state_dict_from_file(file) for file in files))
+            if not torch.equal(every["lm_head.weight"], every["model.embed_tokens.weight"]):
+                raise ValueError("config.json ties the head to the embedding, but lm_head.weight is another")
     except Exception as error:          # the library has many
         raise ValueError(f"{folder}: weights cannot be read ({' '.join(str(error).split())[:300]})") from None
     harmless = ("lm_head.weight", "rotary_emb.inv_freq")    # a tied head's copy, constants of old releases

@@ -26,6 +26,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import sys
 import urllib.parse
 from contextlib import suppress
@@ -37,7 +38,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
-from model import Cache, ModelConfig, Transformer
+from model import Cache, ModelConfig, Transformer, read_config
 from vqgan import VQGAN, read_checkpoint
 
 # ---- Choosing tokens --------------------------------------------------------------------------------------
@@ -195,6 +196,7 @@ def choose_device(name="auto"):
 
 FORMAT = "nanoLiquid model 2"
 LAYOUT = "nanoliquid.json"      # in an export: all of model.pt but the weights
+MARKS = "<boi>", "<eoi>", "<unconditional>"     # in Liquid's own tokenizer
 naming_file = functools.partial(data.naming, problem="does not fit")
 
 
@@ -235,16 +237,24 @@ def load(run, vqgan=None, device="auto", dtype=None) -> Run:
     return run
 
 
+def read_vocabulary(folder, codes):
+    """-> tokenizer, Vocab: of an export, of Liquid's own folder, or of words, with rows for codes to come."""
+    if (folder / LAYOUT).exists():
+        layout = json.loads(data.read_utf8(folder / LAYOUT))
+        return data.load_tokenizer(layout["tokenizer"]), data.Vocab(**layout["vocab"])
+    tokenizer, ids = data.PretrainedTokenizer.load(folder), data.special_ids(folder)
+    rows, marks = read_config(folder).vocab_size, [tokenizer.id(mark) for mark in MARKS]
+    if None in marks:
+        return tokenizer, data.Vocab.extend(rows, codes, **ids)
+    return tokenizer, data.Vocab(*ids.values(), *marks, marks[1], rows - codes, codes)
+
+
 def load_liquid(folder, vqgan, device, dtype) -> Run:
     """Liquid's own folder: the last rows are codes, marks are words, pictures are padded."""
-    codes, side = vqgan.config.n_embed, 512 // vqgan.config.f
-    tokenizer = data.PretrainedTokenizer.load(folder)
-    model = Transformer.from_pretrained(folder, dtype, device, codes)
-    boi, eoi, uncond = marks = [tokenizer.id(name) for name in ("<boi>", "<eoi>", "<unconditional>")]
-    if None in marks:
+    tokenizer, vocab = read_vocabulary(folder, vqgan.config.n_embed)
+    if vocab.boi >= vocab.image_start:
         raise ValueError(f"{folder}: neither {LAYOUT} of an export nor the marks of Liquid's tokenizer")
-    vocab = data.Vocab(**data.special_ids(folder), boi=boi, eoi=eoi, uncond=uncond, eol=eoi,
-                       image_start=model.config.vocab_size, image_size=codes)
+    model, side = Transformer.from_pretrained(folder, dtype, device, vocab.image_size), 512 // vqgan.config.f
     return Run(model.eval(), vqgan, vocab, tokenizer, (side, side), {"init": str(folder), "pad": True})
 
 
@@ -401,8 +411,11 @@ def answer(run, images, questions, sampling=None, n=40):
 
 
 def edit(run, images, instructions, sampling=None):
-    """Images and an instruction for each -> the images that it makes of them."""
-    dialogues = [[([image, words], None)] for image, words in zip(images, instructions, strict=True)]
+    """Images and an instruction for each -> the images that it makes of them.
+
+    The instruction comes first, so that a code and its like in the answer are always as far apart.
+    """
+    dialogues = [[([words, image], None)] for image, words in zip(images, instructions, strict=True)]
     return [parts[0] for parts in replies(run, dialogues, sampling, draw=True)]
 
 
@@ -481,8 +494,8 @@ def score_scenes(run, pictures):
 def score_edits(run, pictures):
     """Shares of pictures that are edited exactly, and in which all else is as before."""
     edits = [(*question, *reply) for p in pictures for (question, reply), in p.edits[:1]]
-    drawn = edit(run, [before.open() for before, _, _ in edits], [words for _, words, _ in edits])
-    scenes = [(data.grade(image), a.scene, b.scene) for image, (a, _, b) in zip(drawn, edits)]
+    drawn = edit(run, [before.open() for _, before, _ in edits], [words for words, _, _ in edits])
+    scenes = [(data.grade(image), a.scene, b.scene) for image, (_, a, b) in zip(drawn, edits)]
     return (mean(found == wanted for found, _, wanted in scenes),
             mean(before.facts() & wanted.facts() <= found.facts() for found, before, wanted in scenes))
 
@@ -649,15 +662,28 @@ def server(explain, words, port):
 # ---- The command line -------------------------------------------------------------------------------------
 
 def draw_all(run, file, folder):
-    """Draw the lines of a file into folder/00000.png, ...; torchrun's processes share them."""
-    prompts = [line for line in data.read_utf8(file).splitlines() if line.strip()]
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    paths = [Path(folder, f"{i:05d}.png") for i in range(len(prompts))]
-    todo = [i for i in range(rank, len(paths), world) if not paths[i].exists()]
+    """Draw line i of a file into folder/0000i.png; torchrun's processes share them."""
+    lines, note = data.read_utf8(file).split("\n"), Path(folder, ".drawn.json")
+    paths = [Path(folder, f"{i:05d}.png") for i in range(len(lines))]
+    weights = data.digest(str([p.flatten()[:9].tolist() for p in run.model.parameters()]))
+    made = json.dumps({**vars(run.sampling), "batch": 0, "model": weights, "prompts": lines})
+    drawn = any(path.exists() for path in paths)
+    if drawn if not note.exists() else data.read_utf8(note) != made:
+        raise ValueError(f"--save-dir {folder}: drawings of another run, prompt list, seed or setting")
+    rank, world = (int(os.environ[x]) for x in ("RANK", "WORLD_SIZE")) if "RANK" in os.environ else (0, 1)
+    if rank == 0:
+        data.write_atomically(note, lambda file: file.write(made.encode()))
+    wanted = [i for i, line in enumerate(lines) if line.strip()]
+    todo = [i for i in wanted[rank::world] if not paths[i].exists()]
+    room = run.model.config.max_position_embeddings - math.prod(run.grid)
+    long = {i for i in todo if len(data.render_t2i(run.vocab, run.tokenizer, lines[i])[0]) > room}
+    todo = sorted({*todo} - long)
     for k in tqdm(range(0, len(todo), run.sampling.batch), desc="draw"):
         part = todo[k:k + run.sampling.batch]
-        for i, image in zip(part, text_to_image(run, [prompts[i] for i in part], numbers=part)):
+        for i, image in zip(part, text_to_image(run, [lines[i] for i in part], numbers=part)):
             data.write_atomically(paths[i], lambda file: image.save(file, "PNG"))
+    if long:
+        raise ValueError(f"{file}: too long, not drawn: lines {sorted(i + 1 for i in long)}")
 
 
 def parser():
@@ -679,9 +705,9 @@ def parser():
     p.add_argument("--out", default="out.png")
     p.add_argument("--prompts", metavar="FILE", help="one prompt a line")
     p.add_argument("--save-dir", "--save_dir", default="drawn", metavar="DIR")
-    add("i2t", help="caption").add_argument("pictures", nargs="+")
     p.add_argument("--begin", metavar="PICTURE", help="keep its first --rows of codes and draw the rest")
     p.add_argument("--rows", type=int, default=1)
+    add("i2t", help="caption").add_argument("pictures", nargs="+")
     p = add("edit", help="edit a picture by words")
     p.add_argument("picture")
     p.add_argument("instruction")
@@ -694,7 +720,7 @@ def parser():
     p.add_argument("parts", nargs="+", help="a prompt; a picture to caption; a picture and a question")
     p.add_argument("--out", default="page.html")
     p.add_argument("--serve", type=int, metavar="PORT", help="with a text field, to this machine's browsers")
-    add("eval", help="score on held-out examples")
+    add("eval", help="score on held-out examples").add_argument("--data", help="where they are now")
     add("export", help="write a Hugging Face folder").add_argument("folder")
     return top
 
@@ -752,12 +778,14 @@ def main(argv=None):
             c = run.config
             if "data" not in c:
                 raise ValueError(f"--run {args.run}: eval needs a run of train.py, which knows its data")
-            splits = data.load_source(c["data"], c["text"], run.side, c["withheld"], bool(c["init"]))
+            splits = data.load_source(args.data or c["data"], c["text"], run.side, c["withheld"], c["init"])
             print_scores(score(run, splits, args.n or 200))
-    except (ValueError, OSError) as error:
-        sys.exit(f"sample.py: {error}")
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        sys.exit(f"sample.py: {str(error) or 'stopped'}")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")
+    signal.signal(getattr(signal, "SIGQUIT", signal.SIGINT), signal.default_int_handler)    # as Ctrl-C
     torch.set_flush_denormal(True)      # softmax's denormal tails take CPUs 100 times longer
     main()

@@ -102,6 +102,11 @@ class Config:
     layers: int = 4                     # blocks
     heads: int = 4                      # of attention in each block
 
+    def __post_init__(self):
+        for name in ("data", "text", "vqgan", "init"):      # --resume and eval may run elsewhere
+            if os.path.exists(getattr(self, name) or ""):
+                setattr(self, name, os.path.abspath(getattr(self, name)))
+
 
 PRESETS = {
     "laptop": {},
@@ -122,7 +127,7 @@ def train(cfg: Config, stop=None):
     started, out = time.time(), Path(cfg.out)
     process = start_process(cfg.device, stop or Stop())
     require(cfg.withheld < len(data.PAIRS), f"--withheld {cfg.withheld}: there are {len(data.PAIRS)} pairs")
-    splits = data.load_source(cfg.data, cfg.text, cfg.image_size or 64, cfg.withheld, bool(cfg.init))
+    splits = data.load_source(cfg.data, cfg.text, cfg.image_size or 64, cfg.withheld, cfg.init, process.print)
     ready = VQGAN.load(cfg.vqgan, process.device) if cfg.vqgan else None
     cfg, vq_config = resolve(cfg, splits, ready and ready.config)
     check(cfg, vq_config, splits, process.world)
@@ -331,7 +336,7 @@ def fingerprint(how, pictures):
     """Of the VQGAN (`how`), the pictures' files or codes, and their words."""
     said = []
     for p in pictures:
-        path = re.sub(r"\.tar:.*", ".tar", p.name)
+        path = re.sub(r"(\.tar|\.tgz|\.tar\.\w+):.*", r"\1", p.name)
         file = os.stat(path) if os.path.isfile(path) else None
         codes = p.codes is not None and p.codes.tolist()
         seen = file and (file.st_size, file.st_mtime_ns), codes
@@ -390,6 +395,10 @@ def train_transformer(cfg, splits, vqgan, process, log):
     noise = partial(perturb, codebook.cpu(), cfg.code_noise) if cfg.code_noise else None
     loader = data.Loader(tasks, parse_mix(cfg.mix), vocab, tokenizer, cfg.rows, cfg.context, cfg.seed,
                          process.rank, process.world, states, perturb=noise)
+    for task in loader.mix:
+        first = range(min(200, len(tasks[task])))
+        if long := sum(len(loader.render(task, 0, i)[0]) > cfg.context for i in first):
+            process.print(f"{task}: {long} of {len(first)} examples are longer than --context {cfg.context}")
 
     # The loop:
     bar, since = process.bar(range(start, cfg.steps), "3 transformer", start, cfg.steps), time.perf_counter()
@@ -423,15 +432,13 @@ def train_transformer(cfg, splits, vqgan, process, log):
         if asked:
             raise Stopped(asked, f"stopped after step {done} of the transformer, which {path} holds")
     if loader.dropped:
-        process.print(f"{loader.dropped} examples were longer than --context {cfg.context} and left out")
+        process.print(f"{loader.dropped} times an example was left out: --context {cfg.context} is too short")
 
 
 def text_vocabulary(cfg, train, codes):
     """-> text tokenizer, vocabulary: of --init, or learned from the training split."""
     if cfg.init:
-        folder = data.fetch(cfg.init)
-        tokenizer, rows = data.PretrainedTokenizer.load(folder), read_config(folder).vocab_size
-        return tokenizer, data.Vocab.extend(rows, codes, **data.special_ids(folder))
+        return sample.read_vocabulary(data.fetch(cfg.init), codes)
     chat, said = data.WordTokenizer.chat, list(train.texts)
     for p in train.pictures:
         said += p.captions
@@ -445,8 +452,11 @@ def text_vocabulary(cfg, train, codes):
 
 def build_model(cfg, vocab, codebook, device="cpu") -> Transformer:
     if cfg.init:
-        model = Transformer.from_pretrained(data.fetch(cfg.init), device=device)
-        model.extend_vocab(vocab.new_rows, seeded(cfg.seed, 0))
+        folder = data.fetch(cfg.init)
+        there = read_config(folder).vocab_size - vocab.image_start      # image rows of an export, or Liquid's
+        model = Transformer.from_pretrained(folder, device=device, image_rows=there)
+        if not there:
+            model.extend_vocab(vocab.new_rows, seeded(cfg.seed, 0))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(cfg.train == "all" or "image_rows" in name)
         return model
@@ -723,12 +733,12 @@ class Stopped(Exception):
 
 
 class Stop:
-    """SIGTERM, SIGINT or SIGHUP stop a run after its step if `patient`; else, or the second time, at once."""
+    """A signal stops a run after its step if `patient`; else, or the second time, at once."""
     asked, when, patient = 0, math.inf, False
 
     @contextmanager
     def listening(self):
-        names = [name for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+        names = [name for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
         before = {name: signal.signal(getattr(signal, name), self.note) for name in names}
         try:
             yield
@@ -808,7 +818,8 @@ class Process:
 
 def start_process(device, stop) -> Process:
     """Join torchrun's processes, if any."""
-    device, world = sample.choose_device(device), int(os.environ.get("WORLD_SIZE", 1))
+    device = sample.choose_device(device)
+    world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1    # it may be left over
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
@@ -835,8 +846,8 @@ FROM_ZERO = "seed withheld eval_n res_blocks words adversarial lr lr_adam lr_row
 OURS = ["config.json", "vqgan.pt", "model.pt"]      # --overwrite deletes these and the rest
 REST = """log.jsonl *.partial codes/*.pt codes/*.partial samples/reconstructions.png
           samples/drawn-*.png""".split()
-FREE = """out shards resume overwrite device compile checkpointing shard accumulate save_every eval_every
-          log_every eval_n mix""".split()       # flags that --resume may change
+FREE = """out data text shards resume overwrite device compile checkpointing shard accumulate save_every
+          eval_every log_every eval_n mix""".split()        # flags that --resume may change
 
 
 def require(good, message):
@@ -902,9 +913,16 @@ def check(cfg, vq_config, splits, world):
     if cfg.init:
         folder = data.fetch(cfg.init)
         flag("init", any(folder.glob("*.safetensors")), "no .safetensors in it")
-        data.PretrainedTokenizer.load(folder), data.special_ids(folder)
         most = read_config(folder).max_position_embeddings
         flag("context", cfg.context <= most, f"the model of --init reads {most}")
+        tokenizer, v = sample.read_vocabulary(folder, vq_config.n_embed)
+        ids = tokenizer.size - 1, v.bos, v.eos, v.pad
+        flag("init", 0 <= min(ids) <= max(ids) < v.image_start, f"its table has no row for id {max(ids)}")
+        Transformer.from_pretrained(folder, device="meta")      # headers alone
+        its = folder / "vqgan.pt"       # an export's
+        codes = {VQGAN.load(x).fingerprint() for x in (its, cfg.vqgan) if x and os.path.exists(x)}
+        fits = len(codes) == 1 and cfg.vqgan or v.image_start == read_config(folder).vocab_size
+        flag("vqgan", fits, "not that of the image rows of --init")
 
 
 def start_run(cfg, ready, process) -> Log:
@@ -912,6 +930,14 @@ def start_run(cfg, ready, process) -> Log:
     out = Path(cfg.out)
     process.wait()                      # until all have looked for an earlier run
     if process.is_main:
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        with suppress(ImportError):     # Windows
+            import fcntl
+            lock = os.open(out / ".lock", os.O_WRONLY | os.O_CREAT)     # held while this process lives
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise ValueError(f"--out {out}: another process is running in it") from None
         if cfg.overwrite and not cfg.resume:
             for file in [file for pattern in OURS + REST for file in out.glob(pattern)]:
                 file.unlink()
@@ -954,7 +980,8 @@ def configure(argv=None) -> Config:
         cfg.ch_mult = tuple(cfg.ch_mult)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: not of a run of this version ({error})") from None
-    clash = [f"--{k}" for k, v in given.items() if k not in FREE and getattr(cfg, k) != v]
+    now = Config(**given)
+    clash = [f"--{k}" for k in given if k not in FREE and getattr(cfg, k) != getattr(now, k)]
     require(not clash, f"--resume: {', '.join(clash)} differ from {path}")
     return replace(cfg, **{**given, "overwrite": False})
 
@@ -986,5 +1013,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")
     torch.set_flush_denormal(True)      # softmax's denormal tails take CPUs 100 times longer
     main()

@@ -12,6 +12,7 @@ B batch   C channels   H, W pixels   h, w code grid (h = H / f)   K codes   e di
 
 import hashlib
 import re
+import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -280,10 +281,14 @@ class VQGAN(nn.Module):
             if "config" in checkpoint:
                 config, state = VQGANConfig(**checkpoint["config"]), checkpoint["model"]
             else:               # it holds losses, too
-                ours = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
-                every = checkpoint.get("state_dict", checkpoint)
-                state = {name: tensor for name, tensor in every.items() if name.startswith(ours)}
+                every = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
+                state = {m[1]: every[name] for name in every if (m := NAMES.fullmatch(name))}
+                for names, family in OTHERS.items():
+                    if re.search(names, " ".join(state)):
+                        raise ValueError(f"weights of {family}")
                 config = infer_config(state)
+                if config.l2_norm:
+                    print(f"{path}: all codes have length 1: compared as directions", file=sys.stderr)
             with torch.device("meta"):
                 model = VQGAN(config)
             model.load_state_dict(state, strict=True, assign=True)
@@ -333,6 +338,13 @@ def adaptive_weight(reconstruction, adversarial, last_layer, ceiling=1e4):
 
 # ---- Checkpoint files -------------------------------------------------------------------------------------
 
+NAMES = re.compile(r"(?:module\.|model\.|_orig_mod\.|first_stage_model\.)*"     # of wrappers
+                   r"((?:encoder|decoder|quantize|quant_conv|post_quant_conv)\..*)")
+OTHERS = {r"encoder\.down_blocks\.": "diffusers' VQModel", r"encoder\.conv_blocks\.": "LlamaGen",
+          r"quantize\.(embed|proj)\.": "a Gumbel VQGAN", r"^encoder(?!.* quantize\.)": "a KL autoencoder",
+          r"^encoder(?!.* decoder\.)": "ChameleonVQVAE, which has no decoder"}
+
+
 class LightningStub:
     """Stands in for a class of PyTorch Lightning, a key in taming's .ckpt files."""
 
@@ -359,9 +371,11 @@ def infer_config(state) -> VQGANConfig:
     conv_in, conv_out = state["encoder.conv_in.weight"].shape, state["encoder.conv_out.weight"].shape
     n_embed, embed_dim = state["quantize.embedding.weight"].shape
     levels = count(r"encoder\.down\.(\d+)\.")
+    lengths = state["quantize.embedding.weight"].float().norm(dim=1)
     widths = [len(state[f"encoder.down.{i}.block.0.conv1.bias"]) for i in range(levels)]
     return VQGANConfig(
         ch=conv_in[0], ch_mult=[w // conv_in[0] for w in widths],
         num_res_blocks=count(r"encoder\.down\.0\.block\.(\d+)\."),
         attn_levels=[i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in state],
-        z_channels=conv_out[0], n_embed=n_embed, embed_dim=embed_dim, patch=round((conv_in[1] / 3) ** 0.5))
+        z_channels=conv_out[0], n_embed=n_embed, embed_dim=embed_dim, patch=round((conv_in[1] / 3) ** 0.5),
+        l2_norm=bool((lengths - 1).abs().max() < 2e-3))      # as when codes are directions

@@ -44,7 +44,7 @@ def read_runs(path) -> list[Trained]:
     size = sum(tensor.numel() for name, tensor in weights.items() if ".layers." in name)
     curve, scores = [], {}
     with sample.naming_file(folder / "log.jsonl"):
-        for _, line in data.read_jsonl(folder / "log.jsonl"):
+        for _, line in data.read_rows(folder / "log.jsonl"):
             losses = {name: loss for name, loss in line.items() if name.startswith("val_")}
             if losses:
                 curve.append((6 * size * line["step"] * tokens, losses))        # 2 FLOPs forward, 4 backward

@@ -392,6 +392,21 @@ def test_pictures_are_read_as_they_are_shown(image, format, options, shown):
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8))
 
 
+@brief
+@hypothesis.given(st.binary(max_size=60), st.sampled_from(["PNG", "JPEG", "WEBP"]))
+@hypothesis.example(b"II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\6\0\0\0" + bytes(4), "JPEG")
+def test_good_pixels_are_read_whatever_stands_beside_them(noise, format):
+    """A camera's broken notes, or a profile that is too large, cost a good picture."""
+    for options in ({"exif": b"Exif\0\0" + noise}, {"icc_profile": noise + bytes(2_000_000 * (format == "PNG"))}):
+        assert data.load_image(saved(NOISE, format, **options)).size == (20, 20)
+
+
+@pytest.mark.parametrize("numbers", [np.linspace(0, 1, 9, dtype=np.float32), np.arange(9, dtype=np.int32)])
+def test_numbers_without_a_white_are_refused(numbers):
+    """Depths and measurements become black pictures."""
+    refused(data.load_image, saved(Image.fromarray(numbers.reshape(3, 3)), "TIFF"), "8 or 16 bits")
+
+
 def test_crop_square():
     """--pad cuts edges off, a crop lies beside the centre, a strip shrinks to nothing or takes all memory."""
     stripes = Image.fromarray(np.repeat(np.array([[RED, WHITE, BLUE]], np.uint8), 16, 1).repeat(16, 0))
@@ -487,7 +502,7 @@ def tar_of(path, members):
 FILES = {"a.png": png(), "a.txt": " one \n\ntwo\r\none\n", "deep/er/B.JPG": png(BLUE),
          "deep/er/B.json": json.dumps({"caption": "blue", "qa": [["what?", "sea"], ["how?", "so"]]}),
          "c.d.webp": png(), "c.d.Caption": "\ufeffsame", "c.d.json": '\ufeff{"caption": "same"}',
-         "e.jpeg": png(), "notes.txt": "", "._a.png": "", "@eaDir/a.png": "", "__MACOSX/a.png": ""}
+         "e.jpeg": png(), "e.jpeg.txt": "five", "e.cap.txt": "5", "notes.txt": "", "._a.png": "", "@eaDir/a.png": "", "__MACOSX/a.png": ""}
 
 
 @pytest.mark.parametrize("prefix", [None, "", "./"])       # the last is how `tar cf x.tar .` spells names
@@ -498,7 +513,7 @@ def test_files(tmp_path, prefix):
     else:
         path = tar_of(tmp_path / "x.tar", {prefix + name: content for name, content in FILES.items()})
     found = {p.key: (p.captions, talks([p])[0], p.open().getpixel((0, 0))) for p in data.read_pictures(path)}
-    assert found == {"a": (["one", "two"], [], RED), "c.d": (["same"], [], RED), "e": ([], [], RED),
+    assert found == {"a": (["one", "two"], [], RED), "c.d": (["same"], [], RED), "e": (["5", "five"], [], RED),
                      "deep/er/B": (["blue"], [[["deep/er/B", "what?", "sea"]], [["deep/er/B", "how?", "so"]]], BLUE)}
 
 
@@ -510,7 +525,7 @@ def test_tars(tmp_path):
     tars = put(tmp_path / "tars" / "note", "").parent
     tar_of(tars / "0.tar", links | {"x/0.png": png(), "x/0.txt": "first", outside: png(), "x/1.cls": "3"})
     tar_of(tars / "1.tar", {"x/0.txt": "second", "x/0.JPG": png(BLUE), "broken.webp": "nothing"})
-    *good, broken = data.read_pictures(tars)
+    broken, *good = sorted(data.read_pictures(tars), key=lambda p: "broken" not in p.name)
     found = [(*p.captions, p.open().getpixel((0, 0))) for p in good]
     assert sorted(found, key=str) == [("first", RED), ("second", BLUE), (RED,)]
     refused(lambda p: p.open(), broken, f"{tars / '1.tar'}:broken.webp")
@@ -537,20 +552,124 @@ def test_rows(tmp_path):
     lines = "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     ours, raw, edited, llava, flat, square = data.read_pictures(put(tmp_path / "x.jsonl", "\ufeff" + lines + "\n"))
     assert ours.captions == ["ours\u2028\x85one line", "again"] and raw.captions == ["Liquid's"]
-    assert talks([llava]) == [[[["sub/c.png", "What is it?", "Blue."], ["And this?", "Red."]]]]
-    talk = [["Be brief.", "sub/b.png", "make it blue", "sub/b.png"], ["thanks", "Yes."]]    # one key for both
+    assert talks([llava]) == [[[["sub/c", "What is it?", "Blue."], ["And this?", "Red."]]]]
+    talk = [["Be brief.", "sub/b", "make it blue", "sub/b"], ["thanks", "Yes."]]    # one key for both
     assert talks([raw], "edits") == [[talk]] and raw.edits[0][0][1] == [edited] and "d.png" in edited.name
     assert all(p.open().getpixel((0, 0)) == RED and p.codes is None for p in (ours, raw, llava))
     assert flat.captions == ["encoded"] and torch.equal(flat.codes, torch.arange(16).view(4, 4))
     assert square.codes.tolist() == [[3, 1], [2, 0]] and square.codes.dtype == torch.int64
 
 
+def own(tmp_path, files):
+    """The same files as a folder and as a tar."""
+    for name, content in files.items():
+        put(tmp_path / "own" / name, content)
+    return tmp_path / "own", tar_of(tmp_path / "own.tar", files)
+
+
+def said(path):
+    return {p.key: (p.captions, talks([p])[0]) for p in data.read_pictures(path)}
+
+
+META = {"a.png": png(), "sub/b.jpg": png(BLUE), "c.png": png(), "c.txt": "beside"}
+
+
+@pytest.mark.parametrize("name, text", [
+    ("metadata.jsonl", '{"file_name": "a.png", "text": "one"}\n{"file_name": "./sub/b.jpg", "text": "two\\nlines"}'),
+    ("metadata.csv", 'file_name,text\na.png,one\nsub/../sub/b.jpg,"two\nlines"\n'),
+    ("metadata.csv", '\ufefftext,file_name,license\r\none,a.png\r\n"two\r\nlines",sub/b.jpg,x,y\r\n')])
+def test_an_image_folder_and_a_tar_of_it(tmp_path, name, text):
+    """Captions that another tool wrote into one list are read by nobody, or read from a folder alone."""
+    for path in own(tmp_path, META | {name: text}):
+        assert said(path) == {"a": (["one"], []), "sub/b": (["two\nlines"], []), "c": (["beside"], [])}
+    rows = {p.key: p.captions for p in data.read_pictures(tmp_path / "own" / name)}     # the list itself
+    assert rows == {"a": ["one"], "sub/b": ["two\nlines"]}
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    """Half of somebody's pictures are never seen, and nobody is told."""
+    files = META | {"a.bmp": png(), "d.psd": "x", "e.psd": "x", "._a.png": "", "README": "x", "f.txt": "alone",
+                    "g.JPE": png(), "h.apng": png(), "c.json": '{"qa": [{"question": "q", "answer": "a"}]}'}
+    for path in own(tmp_path, files):
+        data.load_source(path, say=(lines := []).append)
+        found, left_out = lines[0].split("left out: ")
+        assert found == f"{path}: 5 pictures, 1 with captions, 1 with questions; 0 texts of {path}; "
+        assert set(left_out.split(", ")) == {"1 .png", "2 .psd", "1 hidden", "1 no ending", "1 .txt without a picture"}
+    put(tmp_path / "bare" / "a.png", png())
+    refused(data.load_source, tmp_path / "bare", "1 pictures, 0 with captions, 0 with questions")
+
+
+ASK, SAY = {"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}
+SYSTEM, CHAT = {"role": "system", "content": "s"}, {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize("turns, wanted", [
+    ([ASK, SAY], [["a", "q", "a"]]), ([SYSTEM, ASK, SAY, ASK, CHAT], [["s", "a", "q", "a"], ["q", "b"]]),
+    ([ASK, ASK, SAY], [["a", "q", "q", "a"]]), ([SYSTEM, SAY], [["a", "s", "a"]]),
+    ([SAY, ASK, SAY], None), ([ASK, SAY, ASK], None), ([SAY, ASK], None), ([{"from": "x", "value": "q"}, SAY], None)])
+def test_who_speaks_decides_what_is_learned(tmp_path, turns, wanted):
+    """The model learns to say what its user said, because somebody else began to talk."""
+    file = put(tmp_path / "x.json", json.dumps([{"image": "a.png", "conversations": turns}]))
+    if wanted is None:
+        refused(data.read_pictures, file, file, "line 1")
+    else:
+        assert talks(data.read_pictures(file)) == [[wanted]]
+
+
+def test_rows_without_a_picture(tmp_path):
+    """Published mixtures do not load for their rows of words, or lose them without a word."""
+    rows = [{"image": "a.png", "prompt": " one "}, {"id": 1, "image": "", "conversations": [ASK, SAY]},
+            {"data_type": "text_pretrain", "text": " words ", "vqcode_512": "no"},
+            {"data_type": "t2i", "text": "drawn", "vqcode_512": "[1, 2, 3, 4]"}]
+    lines = "\n".join(map(json.dumps, rows))
+    for file in (put(tmp_path / "x.json", json.dumps(rows)), put(tmp_path / "x.jsonl", lines)):
+        found = data.read_pictures(file)
+        assert [p.captions for p in found] == [["one"], ["drawn"]] and found.texts == ["words"]
+        assert found.left_out == {"dialogues without a picture": 1}
+        assert data.load_source(file)["val"].texts == ["words"]
+    assert data.read_texts(put(tmp_path / "t.json", '[{"text": "one"}, {"text": "two"}]')) == ["one", "two"]
+    for text in ('{"text": "one"}', '["one"]', "one", '[{"words": "one"}]'):
+        refused(data.read_texts, put(tmp_path / "t.json", text), "t.json")
+
+
+def test_a_picture_is_what_it_is_and_not_where_it_is_listed(tmp_path):
+    """One file under two spellings is learned and held out, or a longer list moves what was held out."""
+    spellings = ("a/b.png", "./a/b.png", "a/../a//b.png", str(tmp_path / "a" / "b.png"), "a/b.jpg")
+    rows = [{"image": image, "text": str(i)} for i, image in enumerate(spellings)]
+    rows += [{"vqcode_512": [i % 3] * 4, "text": f"c{i}"} for i in range(4)]
+    ways = [data.read_pictures(put(tmp_path / "x.json", json.dumps(order))) for order in (rows, rows[::-1])]
+    one, other = ({p.key: sorted(p.captions) for p in way} for way in ways)
+    assert one == other and one.pop("a/b") == list("01234")
+    assert sorted(one.values()) == [["c0", "c3"], ["c1"], ["c2"]]
+
+
+@pytest.mark.parametrize("mode, name", [("w", "x.tar"), ("w:gz", "x.tar.gz"), ("w:gz", "x.TGZ"), ("w:gz", "x.tar"),
+                                        ("w:xz", "x.tar.xz")])
+def test_packed_and_linked_tars(tmp_path, mode, name):
+    """A hub's symlinks and deduplicated copies are dropped in silence, or a packed tar has to be unpacked first."""
+    with tarfile.open(tmp_path / name, mode) as tar:
+        for file, kind, content in ((".", tarfile.DIRTYPE, ""), ("./s/a.png", tarfile.SYMTYPE, "../blobs/1.png"),
+                                    ("./blobs/1.png", None, png(BLUE)), ("./s/a.txt", None, b"blue"),
+                                    ("./b.png", tarfile.LNKTYPE, "./blobs/1.png"),
+                                    ("./c.png", tarfile.SYMTYPE, "/etc/passwd"),
+                                    ("./d.png", tarfile.SYMTYPE, "d.png")):
+            info = tarfile.TarInfo(file)
+            if kind:
+                info.type, info.linkname = kind, content
+            info.size = 0 if kind else len(content)
+            tar.addfile(info, io.BytesIO(b"" if kind else content))
+    for path in (tmp_path, tmp_path / name):
+        found = data.read_pictures(path)
+        assert {p.key: p.open().getpixel((0, 0)) for p in found} == dict.fromkeys(("b", "blobs/1", "s/a"), BLUE)
+        assert said(path)["s/a"] == (["blue"], []) and found.left_out["links"] == 2
+
+
 def test_broken_rows(tmp_path):
     """One slip among a million rows or notes is trained on, or ends in a traceback that names no place."""
-    talks = ("[]", "null", '"ab"', '{"value": "q"}', "[{}, {}]", '[{"value": "q"}]', '[{"value": 1}]')
+    talks = ("null", '"ab"', '{"value": "q"}', "[{}, {}]", '[{"value": "q"}]', '[{"value": 1}]')
     codes = ("[]", '"[]"', "null", "{}", '"[1, 2"', "[1, 2]", "[0, 1, 2, -1]", "[0.5]", '["1"]',
              "[[1, 2], [3]]", f"[{10 ** 30}]", f"[{2 ** 63}]", "[true]", json.dumps("[" * 100_000))
-    for line in ('{"image": "a.png"', "[1]", "{}", f'{{"image": {"1" * 5000}}}', '{"text": "alone"}',
+    for line in ('{"image": "a.png"', "[1]", "{}", f'{{"image": {"1" * 5000}}}', '{"caption": "alone"}',
                  '{"image": 3, "text": "x"}', '{"image": "a.png", "text": 3}',
                  "[" * 100_000, *(f'{{"image": "a.png", "conversations": {talk}}}' for talk in talks),
                  *(f'{{"text": "x", "vqcode_512": {code}}}' for code in codes)):
@@ -559,9 +678,11 @@ def test_broken_rows(tmp_path):
     put(tmp_path / "a" / "a.png", png())
     for note in ("{", "[]", "3", '{"caption": 3}', '{"qa": 3}', '{"qa": null}', '{"qa": [1]}', "[" * 100_000,
                  '{"qa": [["alone"]]}', '{"qa": [["how many?", null]]}'):
-        refused(data.read_pictures, tmp_path / "a", put(tmp_path / "a" / "a.json", note))
-    tar = tar_of(tmp_path / "x.tar", {"a.png": png(), "a.json": "{"})
-    refused(data.read_pictures, tar, f"{tar}:a.json")
+        found = data.read_pictures((file := put(tmp_path / "a" / "a.json", note)).parent)
+        assert not found[0].dialogues and [why for why in found.left_out if f"{file}: not " in why]
+    tar = tar_of(tmp_path / "x.tar", {"a.png": png(), "a.json": "{", "b.png": png(), "b.txt": b"\xff"})
+    assert all(any(f"{tar}:{name}" in why for why in data.read_pictures(tar).left_out)
+               for name in ("a.json", "b.txt"))
 
 
 def test_no_source(tmp_path):

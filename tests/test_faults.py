@@ -22,7 +22,8 @@ import data
 import sample
 import train
 from model import ModelConfig, Transformer
-from test_train import TINY, few, few_scenes, flags, log_of, own_pictures, put, run, same_run, saved
+from test_train import (TINY, few, few_scenes, flags, log_of, own_pictures, published, put, run, same_run,
+                        saved)
 from test_vqgan import Evil
 from vqgan import VQGAN
 
@@ -421,7 +422,7 @@ GOOD = '{"image": "own/0.png", "text": "a"}\n'
 BAD = {
     "a folder without pictures": ("empty/notes.txt", "x", "no pictures"),
     "a broken line": ("x.jsonl", GOOD + "{\n", "x.jsonl, line 2: not JSON"),
-    "only empty captions": ("x.jsonl", GOOD.replace('"a"', '" "'), "there are no examples of it"),
+    "only empty captions": ("x.jsonl", GOOD.replace('"a"', '" "'), "nothing has a caption or a question"),
     "a list of pictures that are not there": ("x.jsonl", GOOD.replace("own", "off") * 4, "could be read: "),
     "codes without their tokenizer": ("codes.jsonl", encoded((16, 3)) * 3, "--vqgan"),
     "codes of two grids": ("vqgan.jsonl", encoded((16, 3), (9, 3)) * 6, "codes (3, 3) up to 3 are not of"),
@@ -472,6 +473,136 @@ def test_pictures_without_captions_or_files_are_scored(tmp_path):
     codes = put(tmp_path / "codes.jsonl", encoded((16, 0)) * 4)
     coded = run(tmp_path / "next", data=str(codes), vqgan=str(tmp_path / "run" / "vqgan.pt"), **options)
     assert asked["caption_exact"] is coded["caption_exact"] is None and coded["n"] == 0 and asked["n"] > 0
+
+
+def header(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    put(folder / "config.json", json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+UNFIT = {
+    "pickled weights": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "no .safetensors"),
+    "a pointer to a large file": (lambda f: put(f / "model.safetensors", "version https://git-lfs"), "weights"),
+    "half a download": (lambda f: put(f / "model.safetensors", (f / "model.safetensors").read_bytes()[:-9]), "weights"),
+    "a missing shard": (lambda f: (f / "model.safetensors").rename(f / "model-1.safetensors") and put(
+        f / "model.safetensors.index.json", '{"weight_map": {"x": "model-2.safetensors"}}'), "model-2"),
+    "an adapter": (lambda f: [(f / "model.safetensors").rename(f / "adapter_model.safetensors"),
+                              (f / "config.json").unlink()], "config.json"),
+    "quantized weights": (lambda f: header(f, quantization_config={"quant_method": "fp8"}), "quantization_config"),
+    "other layers": (lambda f: header(f, num_hidden_layers=2, layer_types=None), "layers.1"),
+    "other widths": (lambda f: header(f, intermediate_size=52), "gate_proj"),
+    "no end": (lambda f: header(f, eos_token_id=None) or header(f, pad_token_id=-1) or (
+        f / "generation_config.json").unlink(), "eos_token_id"),
+    "an end outside": (lambda f: header(f, eos_token_id=270), "no row for id 270"),
+    "fewer rows than words": (lambda f: header(f, vocab_size=200), "no row for id 25"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_model_that_will_not_load_is_refused_before_the_first_act(few, tmp_path, name):
+    """Days of the first two acts, and then a sentence about the third one's files."""
+    folder, (damage, words) = published(tmp_path / "hf", True), UNFIT[name]
+    header(folder, pad_token_id=-1)         # which means none
+    damage(folder)
+    assert words in end(*flags(tmp_path / "run", init=folder)) and not (tmp_path / "run").exists()
+
+
+def test_an_extended_model_goes_on_with_its_image_rows(few, tmp_path):
+    """Learned image rows become words, and random ones follow them; or codes of another tokenizer are trusted."""
+    first, second, out = tmp_path / "first", tmp_path / "second", tmp_path / "hf"
+    options = dict(image_rows="free", code_noise=0.0, optimizer="adamw")
+    run(first, init=str(published(tmp_path / "qwen", True)), **options)
+    sample.main(["export", str(out), "--run", str(first), "--device", "cpu"])
+    assert "--vqgan" in end(*flags(second, init=out))
+    changed(first / "vqgan.pt", model={k: v + 1 for k, v in saved(first, "vqgan.pt")["model"].items()})
+    assert "--vqgan" in end(*flags(second, init=out, vqgan=first / "vqgan.pt")) and not second.exists()
+    run(second, init=str(out), vqgan=str(out / "vqgan.pt"), lr_adam=1e-9, **options)
+    assert saved(first)["vocab"] == saved(second)["vocab"]
+    for name, weight in saved(first)["model"].items():
+        torch.testing.assert_close(saved(second)["model"][name], weight, atol=1e-5, rtol=0)
+
+
+def test_a_run_knows_its_data_from_everywhere_and_where_they_are_now(tmp_path, monkeypatch):
+    """Scores of another data set of the same name, or a run that is lost because its pictures were moved."""
+    monkeypatch.chdir(own_pictures(tmp_path / "own").parent)
+    train.main(flags("run", data="own", text="own/0.txt", **OWN))
+    train.main(["--resume", "--out", "run", "--data", "own"])
+    (tmp_path / "own").rename(tmp_path / "moved")
+    own_pictures(tmp_path / "else" / "own", 3)
+    monkeypatch.chdir(tmp_path / "else")
+    score = ["eval", "--run", "../run", "--device", "cpu", "--n", "1"]
+    with pytest.raises(SystemExit, match=str(tmp_path / "own")):
+        sample.main(score)
+    assert str(tmp_path / "own") in end("--resume", "--out", "../run")
+    monkeypatch.chdir(tmp_path / "moved")
+    put(tmp_path / "own" / "0.txt", "text")
+    train.main(["--resume", "--out", "../run", "--data", "../moved"])
+    sample.main([*score, "--data", "."])
+
+
+def test_drawings_of_something_else_are_not_taken_for_these(whole, tmp_path, monkeypatch):
+    """Pictures of another prompt list, seed, setting or run; numbers that slip at a blank line; one prompt in the way."""
+    monkeypatch.chdir(tmp_path)
+    other = shutil.copytree(whole, Path("other"))
+    changed(other / "model.pt", model={k: v + 1 for k, v in saved(other)["model"].items()})
+    put(Path("p.txt"), "one\n\nthree \u2028 still three\n" + "long " * 300 + "\nfive")
+    put(Path("q.txt"), "one\n\nother")
+    draw = ["t2i", "--prompts", "p.txt", "--run", str(whole), "--device", "cpu"]
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="p.txt: too long, not drawn: lines .4"):
+            sample.main(draw)
+        assert sorted(file.name for file in Path("drawn").glob("*.png")) == ["00000.png", "00002.png", "00004.png"]
+        Path("drawn/00002.png").unlink()        # drawn again
+    for more in (["--seed", "1"], ["--guidance", "3"], ["--prompts", "q.txt"], ["--run", "other"]):
+        with pytest.raises(SystemExit, match="drawn: drawings of another"):
+            sample.main([*draw, *more])
+    Path("drawn/.drawn.json").unlink()
+    with pytest.raises(SystemExit, match="drawn: drawings of another"):
+        sample.main(draw)
+
+
+def test_a_second_process_is_kept_out_of_a_run(tmp_path):
+    """A run that was thought dead is resumed, and two processes write one checkpoint and one log."""
+    out = tmp_path / "run"
+    first = launch(out, "time.sleep(0.1)", steps=300, save_every=1)
+    while not (out / "vqgan.pt").exists():
+        time.sleep(0.05)
+    for extra in ("--resume", "--overwrite"):
+        assert "another process is running in it" in launch(out, "", extra, steps=300, save_every=1).communicate()[0]
+    first.kill()
+    first.communicate()
+    assert launch(out, "", "--resume", steps=300, save_every=1).wait() == 0
+
+
+NAME = os.fsdecode(b"caf\xe9")
+
+
+def test_a_strict_terminal_and_an_environment_of_somebody_else(tmp_path):
+    """Acts 1 and 2 are lost to the name of one damaged file, or one process waits for three that never come."""
+    source = own_pictures(tmp_path / "own")
+    put(source / f"{NAME}.png", "noise")
+    put(source / f"{NAME}.txt", "日本")
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONIOENCODING="ascii:strict", WORLD_SIZE="4")
+    tail = dict(capture_output=True, text=True, env=env, cwd=tmp_path, timeout=100)
+    script = [sys.executable, str(ROOT / "train.py"), *flags(tmp_path / "run", data=source, **OWN)]
+    done = subprocess.run(script, **tail)
+    assert done.returncode == 0 and "1 pictures could not be read" in done.stdout and "caf?" in done.stdout
+    script = [sys.executable, str(ROOT / "sample.py"), "text", "日本", "--run", "run", "--device", "cpu"]
+    done = subprocess.run(script, **tail)
+    assert done.returncode == 0 and done.stdout.startswith("??")
+
+
+@pytest.mark.parametrize("number", [INT, signal.SIGQUIT])
+def test_ctrl_c_ends_sampling_in_one_line(whole, tmp_path, number):
+    """A traceback, or a core file, for a key that everybody presses."""
+    put(tmp_path / "p.txt", "one\n" * 4000)
+    script = [sys.executable, str(ROOT / "sample.py"), "t2i", "--prompts", "p.txt", "--run", str(whole), "--batch", "1"]
+    process = subprocess.Popen(script, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+                               env=dict(os.environ, TQDM_DISABLE="1"))
+    while not (tmp_path / "drawn" / "00001.png").exists():
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.communicate()[1] == "sample.py: stopped\n" and process.returncode == 1
 
 
 def test_an_extra_that_is_not_installed_is_named_with_its_command(few, tmp_path, monkeypatch):

@@ -234,6 +234,37 @@ def test_our_own_checkpoint_comes_back(tmp_path):
     assert loaded.config == model.config and loaded.fingerprint() == model.fingerprint()
 
 
+@pytest.mark.parametrize("prefix", ["first_stage_model.", "module.", "_orig_mod.", "model.", "module.model."])
+def test_a_wrapped_network_is_found(tmp_path, prefix):
+    """A whole latent-diffusion model, or what DataParallel or torch.compile wrapped, is no checkpoint."""
+    other = {"cond_stage_model.encoder.x": torch.ones(1), "model.diffusion_model.x": torch.ones(1)}
+    for key in ("state_dict", "model"):
+        torch.save({key: {prefix + k: v for k, v in make().state_dict().items()} | other}, tmp_path / "x.ckpt")
+        assert VQGAN.load(tmp_path / "x.ckpt").fingerprint() == make().fingerprint()
+
+
+def test_a_codebook_of_directions_is_recognised(tmp_path, capsys):
+    """Codes of an L2-normalised network under taming's names are chosen and decoded wrongly, in silence."""
+    model = make(l2_norm=True)
+    for scale, l2_norm in ((1, True), (1.1, False)):
+        weight = nn.functional.normalize(torch.randn(model.quantize.embedding.weight.shape)) * scale
+        torch.save({"state_dict": model.state_dict() | {"quantize.embedding.weight": weight}}, tmp_path / "x.ckpt")
+        assert VQGAN.load(tmp_path / "x.ckpt").config.l2_norm is l2_norm
+        assert ("as directions" in capsys.readouterr().err) is l2_norm
+
+
+@pytest.mark.parametrize("family, changed", [
+    ("diffusers", {"encoder.down_blocks.0.x": 1}), ("LlamaGen", {"encoder.conv_blocks.0.x": 1}),
+    ("Gumbel", {"quantize.embed.weight": 1}), ("KL", {"quantize.": 0}), ("Chameleon", {"decoder.": 0})])
+def test_other_families_are_named(tmp_path, family, changed):
+    """A user wonders what `encoder.conv_in.weight` has to do with the wrong file that was downloaded."""
+    (name, kept), = changed.items()
+    state = {k: v for k, v in make().state_dict().items() if kept or not k.startswith(name)}
+    torch.save({"state_dict": state | ({name: torch.ones(1)} if kept else {})}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=f"x.ckpt: .*{family}"):
+        VQGAN.load(tmp_path / "x.ckpt")
+
+
 def test_half_precision_weights_are_read_as_float32(tmp_path):
     """A network of mixed types."""
     torch.save({"state_dict": make().half().state_dict()}, tmp_path / "x.ckpt")
