@@ -312,9 +312,9 @@ Image.MAX_IMAGE_PIXELS = 50_000_000     # Pillow warns above it and refuses twic
 PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26     # profiles for print and programs' own notes are large
 
 
-def load_image(file) -> Image.Image:
+def load_image(file, name=None) -> Image.Image:
     """A path or a Member -> image in RGB: turned as EXIF says, transparency on white, 16 bits as 8."""
-    with naming(file, "not a readable picture"):
+    with naming(name or file, "not a readable picture"):
         source = io.BytesIO(file.read_bytes()) if isinstance(file, Member) else file
         with Image.open(source, formats=FORMATS) as image:
             image.load()
@@ -696,8 +696,8 @@ def scenes(count, seed, name, side=64, withheld=WITHHELD, unseen=False, skip=(),
             continue
         captions = [describe(scene, rng) for _ in range(4)]
         picture = Picture(key, partial(draw, scene, side), captions, key=key, scene=scene)
-        asked = questions(scene, rng, withheld)
-        for pair in rng.sample(asked["place"], 4) + asked["named"] + 2 * asked["exists"]:   # the harder the more
+        asked = questions(scene, rng, withheld)     # the harder, the more
+        for pair in rng.sample(asked["place"], 4) + asked["named"] + 2 * asked["exists"]:
             picture.ask(pair)
         rng.shuffle(picture.dialogues)
         pictures.append(picture)

@@ -98,6 +98,8 @@ def test_bf16_autocast_trains_with_nearly_the_gradients_of_float32():
     torch.manual_seed(0)
     model = Transformer(ModelConfig(hidden_size=32, num_hidden_layers=1, head_dim=8, **BOOK))
     model.model.embed_tokens.image_rows.start(torch.randn(16, 5))
+    for p in model.parameters():
+        p.data += 0.02 * torch.randn_like(p)        # blocks start as the identity
     ids, grads = draw(2, 9), []
     for enabled in (False, True):
         model.zero_grad()

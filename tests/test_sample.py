@@ -341,9 +341,9 @@ def test_every_score_is_what_is_counted_by_hand(monkeypatch):
     codes = {p.name: vqgan.encode(data.to_pixels(p.open()))[0] for p in [*val, *unseen]}
 
     def learn_edit(before, wrong=None):
-        (((_, words), (after,)),), seen = before.edits[0], codes[before.name]
+        (((words, _), (after,)),), seen = before.edits[0], codes[before.name]
         drawn = codes[after.name] if wrong is None else wrong
-        prompt, whole = (data.render_dialogue(*common, [([seen, words], reply)])[0] for reply in (None, [drawn]))
+        prompt, whole = (data.render_dialogue(*common, [([words, seen], reply)])[0] for reply in (None, [drawn]))
         for n in (1, 6):                # from <boi> the codes, and from <eoi> on the end
             model.learn([whole[:len(prompt) + n]], [whole])
     for i, (before, after) in enumerate(zip(val[::2], val[1::2])):      # 2 blank pictures, 3 left as they were
@@ -363,7 +363,7 @@ def test_every_score_is_what_is_counted_by_hand(monkeypatch):
             model.learn(data.render_i2t(*common, seen),
                         data.render_i2t(*common, seen, words + " or not" if i < misread else words))
             asked = itertools.chain(*(itertools.chain(*data.questions(p.scene, random.Random(n)).values())
-                                      for n in range(20)))         # all near misses among them
+                                      for n in range(200)))        # about all pairs
             for question, answer in [*asked, *((talk[0][0][1], talk[0][1][0]) for talk in p.dialogues)]:
                 reply = "no idea" if i < misheard else answer
                 model.learn(data.render_dialogue(*common, [([seen, question], None)]),

@@ -359,7 +359,7 @@ def test_flags_of_the_loss_and_the_optimizers_reach_the_step(tmp_path):
                            (dict(lr=1.0), True, True, False),
                            (dict(optimizer="adamw", lr=9.0), True, True, False)):
         changed, _ = third_act(tmp_path / str(options), **options)
-        names = table, marks, "model.layers.0.mlp.up_proj.weight"
+        names = table, marks, "model.layers.0.mlp.down_proj.weight"
         assert [torch.equal(plain[name], changed[name]) for name in names] == same, options
 
 
