@@ -161,8 +161,7 @@ class Chat(NamedTuple):
 
 class WordTokenizer:
     """Frequent words whole, the rest as bytes; ids: pad, bos, eos, 256 bytes, then the words."""
-    # Each character is in one class, so pieces tile the text; Chinese and Japanese have no spaces.
-    PIECES = re.compile(r"[぀-鿿]| ?(?:(?![぀-鿿])[\w])+| ?(?:(?![぀-鿿])[^\w\s])+|\s")
+    PIECES = re.compile(r" ?[\w]+| ?[^\w\s]+|\s")    # each character is in one class, so pieces tile the text
     FIRST_BYTE = 3
     chat, stops = Chat(), ()
 
@@ -697,7 +696,7 @@ def scenes(count, seed, name, side=64, withheld=WITHHELD, unseen=False, skip=(),
         captions = [describe(scene, rng) for _ in range(4)]
         picture = Picture(key, partial(draw, scene, side), captions, key=key, scene=scene)
         asked = questions(scene, rng, withheld)     # the harder, the more
-        for pair in rng.sample(asked["place"], 4) + asked["named"] + 2 * asked["exists"]:
+        for pair in rng.sample(asked["place"], 8) + asked["named"] + 2 * asked["exists"]:
             picture.ask(pair)
         rng.shuffle(picture.dialogues)
         pictures.append(picture)

@@ -248,13 +248,13 @@ class Block(nn.Module):
 class ImageRows(nn.Module):
     """One row for each code, then one for each mark -> (image_rows, D).
 
-    The paper learns each on its own. With config.codebook, an MLP makes those of codes from the VQGAN's
-    codebook: codes that look alike start alike, and rare codes share what their neighbours learn.
+    The paper learns each on its own. With config.codebook, an MLP adds what it makes of the VQGAN's codebook:
+    codes that look alike start alike, and rare codes share what their neighbours learn.
     """
     def __init__(self, config):
         super().__init__()
         K, e = config.codebook or (0, 0)
-        self.weight = nn.Parameter(torch.empty(config.image_rows - K, config.hidden_size))  # the free rows
+        self.weight = nn.Parameter(torch.empty(config.image_rows, config.hidden_size))
         self.made = None                                            # see Transformer.constant_rows
         self.register_buffer("codebook", torch.zeros(K, e) if K else None)
         if K:
@@ -266,12 +266,13 @@ class ImageRows(nn.Module):
         self.codebook.copy_((codebook - codebook.mean(0)) / codebook.std(0).clamp(min=1e-6))
         nn.init.normal_(self.up.weight, 0.0, codebook.shape[1] ** -0.5)
         nn.init.normal_(self.down.weight, 0.0, 0.04 / self.up.out_features ** 0.5)
+        nn.init.zeros_(self.weight[:len(codebook)])
 
     def forward(self):
         if self.codebook is None or self.made is not None:
             return self.weight if self.made is None else self.made
         codes = self.down(F.silu(self.up(self.codebook)))           # (K, D)
-        return torch.cat([codes, self.weight.type_as(codes)])
+        return self.weight + F.pad(codes, (0, 0, 0, len(self.weight) - len(codes)))
 
 
 class Table(nn.Module):

@@ -194,7 +194,7 @@ def choose_device(name="auto"):
         raise ValueError(f"--device {name}: not on this machine ({str(error).splitlines()[0]})") from None
 
 
-FORMAT = "nanoLiquid model 2"
+FORMAT = "nanoLiquid model 3"
 LAYOUT = "nanoliquid.json"      # in an export: all of model.pt but the weights
 MARKS = "<boi>", "<eoi>", "<unconditional>"     # in Liquid's own tokenizer
 naming_file = functools.partial(data.naming, problem="does not fit")

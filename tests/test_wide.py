@@ -110,7 +110,8 @@ def moments_after_a_restart(model, process, path):
     assert train.restore(train.read_checkpoint(path, mmap=True), path, networks) == 1
     for state in networks["model"][1][0].state.values():
         part = state["exp_avg"].to_local()
-        assert part.untyped_storage().nbytes() == part.nbytes, "a view of the whole, which stays in memory"
+        row = part[:1].nbytes           # the last shard may be padded to the rows of the others
+        assert part.untyped_storage().nbytes() <= part.nbytes + row, "a view of the whole, which stays in memory"
 
 
 def test_gradients_of_two_processes_are_those_of_one_with_and_without_shards(tmp_path):
