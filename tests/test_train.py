@@ -218,7 +218,7 @@ def test_the_whole_story(tmp_path, monkeypatch):
     """An act does not learn: the README's first command with less of everything, without noise on codes."""
     monkeypatch.setattr(data, "built_in", partial(data.built_in, train=3000))
     train.main(["--out", str(tmp_path), "--ch", "32", "--vq_steps", "400", "--hidden_size", "96", "--steps",
-                "260", "--mix", "t2i=8,i2t=1,vqa=2,text=1", "--code_noise", "0", "--eval_n", "50"])
+                "400", "--mix", "t2i=8,i2t=1,vqa=2,text=1", "--code_noise", "0", "--eval_n", "50"])
     *_, held_out, last = log_of(tmp_path)
     scores = last["scores"]
     assert scores["reconstruction_psnr"] > 20 and scores["codes_used"] > 200
