@@ -399,6 +399,8 @@ def replies(run, dialogues, sampling=None, n=80, draw=False):
 def reply(run, messages, sampling=None, n=80):
     """Messages in the layout of transformers' chat templates -> the reply's parts: words and images."""
     turns = data.read_dialogue(messages, lambda x: data.load_image(x) if isinstance(x, (str, Path)) else x)
+    if not turns or turns[-1][1] is not None:
+        raise ValueError("messages: the last one is not a user's")
     return replies(run, [turns], sampling, n)[0]
 
 

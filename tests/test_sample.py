@@ -407,6 +407,8 @@ def test_a_reply_goes_on_behind_its_pictures_and_ends_with_the_turn(monkeypatch)
     content = [{"type": "text", "text": "mix"}, {"type": "image", "image": first},
                {"type": "text", "text": "and"}, {"type": "image", "image": second}]
     words, *images, last = sample.reply(run, [{"role": "user", "content": content}])
+    with pytest.raises(ValueError, match="not a user's"):
+        sample.reply(run, [])
     assert (words, last) == ("so", "done") and [i.tobytes() for i in images] == [second.tobytes(), first.tobytes()]
 
 
