@@ -161,7 +161,8 @@ class Chat(NamedTuple):
 
 class WordTokenizer:
     """Frequent words whole, the rest as bytes; ids: pad, bos, eos, 256 bytes, then the words."""
-    PIECES = re.compile(r" ?[\w]+| ?[^\w\s]+|\s")    # each character is in one class, so pieces tile the text
+    # Each character is in one class, so pieces tile the text; Chinese and Japanese have no spaces.
+    PIECES = re.compile(r"[぀-鿿]| ?(?:(?![぀-鿿])[\w])+| ?(?:(?![぀-鿿])[^\w\s])+|\s")
     FIRST_BYTE = 3
     chat, stops = Chat(), ()
 
