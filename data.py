@@ -765,7 +765,8 @@ def parts_of(dialogue, sides=(0, 1)) -> list:
 def read_dialogue(messages, find, images=()) -> list[tuple[list, list | None]]:
     """Messages in the layout of transformers' chat templates, or LLaVA's -> turns of (question, reply).
 
-    find(name) -> a picture; images take the places of LLaVA's <image>. A system speaks with the questions.
+    find(name) -> a picture; images take the places of LLaVA's <image>. What a system says, or a model before
+    it is asked, is given with the question.
     """
     turns, images = [], iter(images)
     for message in messages:
@@ -780,7 +781,7 @@ def read_dialogue(messages, find, images=()) -> list[tuple[list, list | None]]:
         waiting = turns and turns[-1][1] is None
         if role in ("assistant", "gpt") and waiting and parts:
             turns[-1] = turns[-1][0], parts
-        elif role in ("user", "human", "system"):
+        elif role in ("user", "human", "system") or role in ("assistant", "gpt") and not turns:
             turns.append((turns.pop()[0] + parts if waiting else parts, None))
         else:
             raise ValueError(f"{role!r} has no turn to speak, or says nothing")
@@ -863,8 +864,11 @@ def add_rows(file, root, pictures, found):
                 here = [find(name) for name in ([names] if isinstance(names, str) else names)]
             talk = next((name for name in ("messages", "conversations") if name in row), None)
             turns = read_dialogue(row[talk], find, here) if talk else []
-            if talk and (not turns or turns[-1][1] is None):
-                raise ValueError(f"{talk} does not end with a reply")
+            if turns and turns[-1][1] is None:
+                turns.pop()
+                found.left_out["questions without a reply"] += 1
+            if talk and not turns:
+                raise ValueError(f"{talk} holds no question with a reply")
             here += [part for part in parts_of(turns) if isinstance(part, Picture)]
             if not here:
                 if not turns:

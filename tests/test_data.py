@@ -606,7 +606,7 @@ SYSTEM, CHAT = {"role": "system", "content": "s"}, {"role": "assistant", "conten
 @pytest.mark.parametrize("turns, wanted", [
     ([ASK, SAY], [["a", "q", "a"]]), ([SYSTEM, ASK, SAY, ASK, CHAT], [["s", "a", "q", "a"], ["q", "b"]]),
     ([ASK, ASK, SAY], [["a", "q", "q", "a"]]), ([SYSTEM, SAY], [["a", "s", "a"]]),
-    ([SAY, ASK, SAY], None), ([ASK, SAY, ASK], None), ([SAY, ASK], None), ([{"from": "x", "value": "q"}, SAY], None)])
+    ([SAY, ASK, SAY], [["a", "a", "q", "a"]]), ([ASK, SAY, ASK], [["a", "q", "a"]]), ([SAY, ASK], None), ([{"from": "x", "value": "q"}, SAY], None)])
 def test_who_speaks_decides_what_is_learned(tmp_path, turns, wanted):
     """The model learns to say what its user said, because somebody else began to talk."""
     file = put(tmp_path / "x.json", json.dumps([{"image": "a.png", "conversations": turns}]))
