@@ -204,7 +204,7 @@ def test_every_preset_fits_together(argv):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_only_training_steps_are_compiled(few, tmp_path, monkeypatch, checkpointing):
-    """Drawing and k-means ask for programs of their own, and past a limit training is not compiled."""
+    """Drawing and restarted codes ask for programs of their own, and past a limit training is not compiled."""
     torch.compiler.reset()
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
